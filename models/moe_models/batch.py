@@ -1,0 +1,41 @@
+"""ForwardBatch: what one rank computes in one step, as packed tokens of many sequences.
+
+Shape legend: T tokens of this rank in the step, B sequences, M block-table width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """Packed tokens of B sequences; prefill chunks and decode tokens stand in one batch, no padding.
+
+    Sequences that decode (one token, some context) come first. T and B may be zero: the rank then takes
+    part in the step's collectives with no tokens. Tensors are filled by the runner, on the rank's device;
+    the tuples are the same numbers on the host, so that no kernel launch needs a device read-back.
+    """
+
+    token_ids_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64, position of each token in its sequence
+    cu_seqlens: torch.Tensor  # int32 [B + 1], where each sequence's tokens start in T
+    context_lens_B: torch.Tensor  # int32, tokens of the sequence already in the caches before this step
+    block_tables_BM: torch.Tensor  # int32, KV block ids of each sequence; entries past its length are 0
+    kv_slots_T: torch.Tensor  # int64, block_id * block_size + offset: where the token's key and value go
+    state_slots_B: torch.Tensor  # int64, slot of the sequence's DeltaNet and convolution state
+    query_lens: tuple[int, ...]  # tokens of each sequence in this step
+    context_lens: tuple[int, ...]  # the same as context_lens_B
+    num_decodes: int  # sequences at the front with query_len == 1 and context_len > 0
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.token_ids_T.shape[0]
+
+    @property
+    def num_seqs(self) -> int:
+        """B."""
+        return len(self.query_lens)

@@ -1,0 +1,115 @@
+"""Ray: connecting to it, what it has, and which bundle of it each rank gets."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from moe_runtime.errors import PlacementError
+
+# Whole CPUs would keep more ranks than cores pending for ever; a rank's threads are divided by us instead.
+CPU_RANK_BUNDLE = {"CPU": 0.01}
+GPU_RANK_BUNDLE = {"GPU": 1.0, "CPU": 1.0}
+
+
+def ensure_ray() -> bool:
+    """Connect to the Ray that RAY_ADDRESS or the machine offers, else start one here.
+
+    Returns whether this call connected, in which case the caller owes `ray.shutdown()`.
+    """
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(include_dashboard=False, logging_level="error")
+    except ConnectionError:
+        # The address that an earlier Ray left behind leads nowhere. An address that the user gave is not ours
+        # to overrule.
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        ray.init(address="local", include_dashboard=False, logging_level="error")
+    return True
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes `cuda` where the cluster has GPUs, else `cpu`."""
+    if device != "auto":
+        return device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class RankSlot:
+    """Where a rank runs."""
+
+    bundle: int  # index in the placement group
+    node_id: str
+
+
+class Placement:
+    """One bundle a rank, reserved in one placement group; ranks of a node are neighbours."""
+
+    def __init__(self, group: PlacementGroup, slots: tuple[RankSlot, ...]) -> None:
+        self.group = group
+        self.slots = slots
+
+    @classmethod
+    def reserve(cls, num_ranks: int, device: str, timeout_s: float) -> Placement:
+        """Reserve the bundles of `num_ranks` ranks.
+
+        Raises:
+            PlacementError: the cluster has fewer GPUs than ranks, or they did not come free in time.
+        """
+        bundle = GPU_RANK_BUNDLE if device == "cuda" else CPU_RANK_BUNDLE
+        if device == "cuda":
+            _check_gpus(num_ranks)
+        group = placement_group([bundle] * num_ranks, strategy="PACK")
+        try:
+            if not group.wait(timeout_s):
+                raise PlacementError(
+                    f"no room for {num_ranks} ranks of {bundle} within {timeout_s:g} s; the cluster has "
+                    f"{_nodes_text()}, free now: {_free_text()}; end what uses them, or raise placement_timeout_s"
+                )
+            node_of_bundle = placement_group_table(group)["bundles_to_node_id"]
+            order = sorted(range(num_ranks), key=lambda b: (node_of_bundle[b], b))
+            return cls(group, tuple(RankSlot(b, node_of_bundle[b]) for b in order))
+        except BaseException:
+            remove_placement_group(group)
+            raise
+
+    def remove(self) -> None:
+        """Give the bundles back; actors that still run in them are killed by Ray."""
+        if ray.is_initialized():
+            remove_placement_group(self.group)
+
+
+def _check_gpus(wanted: int) -> None:
+    have = int(ray.cluster_resources().get("GPU", 0))
+    if have < wanted:
+        raise PlacementError(
+            f"expert_parallel_size={wanted} needs {wanted} GPUs, the cluster has {have} ({_nodes_text()}); "
+            f"lower it, add GPU nodes, or use device='cpu'"
+        )
+
+
+def _nodes_text() -> str:
+    """`"10.0.0.1: 8 CPU, 2 GPU; 10.0.0.2: ..."` for the nodes that are alive."""
+    texts = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            gpus = f", {has['GPU']:g} GPU" if has.get("GPU") else ", no GPU"
+            texts.append(f"{node['NodeManagerAddress']}: {has.get('CPU', 0):g} CPU{gpus}")
+    return "; ".join(texts)
+
+
+def _free_text() -> str:
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"

@@ -1,0 +1,1 @@
+"""The data plane: process groups and the dispatchers that carry tokens between ranks."""

@@ -1,0 +1,41 @@
+"""What the driver tells a rank when it creates it, and what the rank says of itself once it is ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_runtime.config import EngineConfig
+from moe_runtime.experts.placement import ExpertPlacement
+from moe_runtime.modelfiles import ModelFiles
+from moe_runtime.registry import ModelTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpec:
+    """What a rank is told when it is created; made by the engine."""
+
+    rank: int
+    config: EngineConfig  # `device` resolved to cpu or cuda
+    model_files: ModelFiles
+    target: ModelTarget
+    placement: ExpertPlacement
+    ranks_on_node: int  # ranks that share this rank's node, itself included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """What a rank says of itself once it is ready."""
+
+    rank: int
+    node_ip: str
+    pid: int
+    gpu_ids: tuple[str, ...]  # what Ray assigned; empty on CPU ranks
+    device: str  # name of the device
+    kernel_plan: tuple[str, ...]  # a line for each operation
+    dispatcher: str
+    num_local_experts: int
+    weight_bytes: int
+    cache_bytes: int
+    cache_tokens: int  # tokens whose keys and values fit
+    max_model_len: int
+    threads: int

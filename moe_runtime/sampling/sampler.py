@@ -1,0 +1,101 @@
+"""Sampler: from logits to one token a sequence.
+
+The order is vLLM's: logit_bias, min_tokens, penalties, then either the best token (greedy) or temperature,
+min-p, top-k, top-p and a draw. Every row is worked out by itself, from its own logits, history and counter,
+so a token does not depend on the other rows, on the rank or on whether it is a replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_runtime.errors import MoeRuntimeError
+from moe_runtime.sampling.adjust import adjust_logits
+from moe_runtime.sampling.batch import SamplingBatch
+from moe_runtime.sampling.draw import draw_tokens
+from moe_runtime.sampling.filters import filter_thresholds
+from moe_runtime.sampling.logprobs import RankedLogprobs, ranked_logprobs
+from moe_runtime.sampling.uniform import uniforms
+
+_HOTTEST = 3e38  # float32 holds it; at infinity a masked logit would become NaN
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerOutput:
+    """What was sampled, one entry a row of logits."""
+
+    token_ids: list[int]
+    logprobs: list[RankedLogprobs | None]  # the sampled token first, then the best; None if not asked for
+
+
+class Sampler:
+    """Samples one token a row; holds no state between calls."""
+
+    def __init__(self, top_p_rounds: Sequence[int] = (64, 1024, 16384)) -> None:
+        """`top_p_rounds`: how many best tokens top-p looks at, in turn, before it sorts a whole row."""
+        self._top_p_rounds = tuple(top_p_rounds)
+
+    def __call__(self, logits_NV: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
+        """Sample from logits of any float dtype; N may be 0.
+
+        Raises MoeRuntimeError if a row has no finite maximum (NaN or infinite logits come from the model).
+        """
+        num_rows = len(batch.rows)
+        assert logits_NV.shape[0] == num_rows, f"{logits_NV.shape[0]} rows of logits, {num_rows} sequences"
+        if num_rows == 0:
+            return SamplerOutput([], [])
+        # Ties go to the lowest token id: `max` gives the first index.
+        x_NV = logits_NV if batch.all_plain else adjust_logits(logits_NV, batch)
+        best_N, tokens_N = x_NV.max(dim=-1)
+        if batch.random:
+            drawn = self._draw(x_NV, best_N, batch)
+            tokens_N[list(batch.random)] = drawn
+        # One transfer to the host for both.
+        token_ids, finite = torch.stack([tokens_N, best_N.isfinite().long()]).tolist()
+        if not all(finite):
+            raise MoeRuntimeError(
+                f"the logits of sequence {finite.index(0)} of {num_rows} in this step have no finite "
+                "maximum: the model's output holds NaN or infinity; check its weights and dtype"
+            )
+        return SamplerOutput(token_ids, self._logprobs(logits_NV, tokens_N, batch))
+
+    def _draw(self, x_NV: torch.Tensor, best_N: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        """Tokens of the random rows, in their order, int64."""
+        rows = [batch.rows[i] for i in batch.random]
+        everything = len(rows) == len(batch.rows)
+        x_RV = x_NV if everything else x_NV[list(batch.random)]
+        best_R1 = (best_N if everything else best_N[list(batch.random)])[:, None]
+        temperature_R1 = x_RV.new_tensor([[min(row.params.temperature, _HOTTEST)] for row in rows])
+        weights_RV = (x_RV - best_R1).div_(temperature_R1).exp_()
+        filtered = [i for i, row in enumerate(rows) if row.has_filter]
+        if filtered:
+            every = len(filtered) == len(rows)
+            x_FV, weights_FV = (x_RV, weights_RV) if every else (x_RV[filtered], weights_RV[filtered])
+            threshold_F1 = filter_thresholds(
+                x_FV,
+                weights_FV,
+                best_R1[filtered],
+                temperature_R1[filtered],
+                [rows[i] for i in filtered],
+                self._top_p_rounds,
+            )
+            weights_RV[filtered] = torch.where(x_FV >= threshold_F1, weights_FV, 0)
+        draws = uniforms(
+            [row.seed for row in rows], [row.sample_index for row in rows], [row.position for row in rows]
+        )
+        return draw_tokens(weights_RV, torch.from_numpy(draws).to(x_NV.device))
+
+    def _logprobs(
+        self, logits_NV: torch.Tensor, tokens_N: torch.Tensor, batch: SamplingBatch
+    ) -> list[RankedLogprobs | None]:
+        found: list[RankedLogprobs | None] = [None] * len(batch.rows)
+        wanted = list(batch.with_logprobs)
+        if wanted:
+            num_best = [batch.rows[i].params.logprobs or 0 for i in wanted]
+            ranked = ranked_logprobs(logits_NV[wanted], tokens_N[wanted], num_best)
+            for i, logprobs in zip(wanted, ranked, strict=True):
+                found[i] = logprobs
+        return found

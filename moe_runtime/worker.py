@@ -1,0 +1,181 @@
+"""RankWorker: what runs inside a rank's actor. A thin shell around scheduler, runner and collectives.
+
+Life: `__init__` asks the device what it is; `where`, `host_store` and `join` bring the ranks together; `load`
+reads this rank's weights and makes its caches; `generate` serves; Ray ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import ray
+import torch
+
+from moe_kernels.device import DeviceProfile
+from moe_kernels.select import select
+from moe_models.interfaces import ExpertShard
+from moe_runtime.building import build_model, model_dtype, read_weights
+from moe_runtime.cache.blocks import BlockAllocator
+from moe_runtime.cache.pool import allocate
+from moe_runtime.cache.slots import SlotAllocator
+from moe_runtime.delivery import Delivery
+from moe_runtime.memory import plan_rank_caches
+from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
+from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
+from moe_runtime.rank_spec import RankReport, RankSpec
+from moe_runtime.request import EngineRequest, OutputDelta
+from moe_runtime.runner import Runner
+from moe_runtime.scheduler import Scheduler, SchedulerConfig
+from moe_runtime.tokenizer import find_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Pieces of output are gathered for this long before they travel: a Ray call costs about a millisecond.
+_DELIVERY_INTERVAL_S = 0.02
+
+
+class RankWorker:
+    """One rank: its device, its share of the experts, the sequences that the driver gave it."""
+
+    def __init__(self, spec: RankSpec) -> None:
+        self._spec = spec
+        self._config = spec.config
+        self._profile = DeviceProfile.query(spec.config.device)
+        self._device = torch.device(spec.config.device)
+        self._node_ip = ray.util.get_node_ip_address()
+        self._threads = spec.config.threads_per_rank or max(1, _node_cores() // spec.ranks_on_node)
+        torch.set_num_threads(self._threads)
+        self._groups: ProcessGroups | None = None
+        self._aborting = False
+
+    # ------------------------------------------------------------------------- coming together
+
+    def where(self) -> tuple[str, int]:
+        """This rank's node address and process id."""
+        return self._node_ip, os.getpid()
+
+    def host_store(self) -> tuple[str, int]:
+        """Rank 0: open the store where the ranks meet; returns its address."""
+        self._store, address = host_store(
+            self._node_ip, self._spec.placement.num_ranks, self._config.process_group_timeout_s
+        )
+        return address
+
+    def join(self, meeting_point: tuple[str, int]) -> None:
+        """Join the process groups; returns when every rank is there."""
+        size, timeout_s = self._spec.placement.num_ranks, self._config.process_group_timeout_s
+        store = self._store if self._spec.rank == 0 else connect_store(meeting_point, size, timeout_s)
+        self._groups = ProcessGroups.join(
+            store, self._spec.rank, size, self._node_ip, self._device, timeout_s
+        )
+
+    # ------------------------------------------------------------------------- loading
+
+    def load(self) -> Iterator[int]:
+        """Build the model, read this rank's weights, make the caches; yields bytes read as it goes."""
+        spec, config = self._spec, self._config
+        experts = spec.placement.experts_of_rank[spec.rank]
+        self._dtype = model_dtype(config.dtype, spec.model_files.config)
+        self._plan = select(self._profile, self._dtype, os.environ.get("MOE_RUNTIME_KERNELS", "auto"))
+        shard = ExpertShard(spec.placement.num_experts, experts)
+        model, facts = build_model(
+            spec.target, spec.model_files, shard, self._plan, self._dtype, self._device
+        )
+        yield from read_weights(model, spec.model_files)
+
+        specs = model.cache_specs()
+        self._cache_plan, self._max_model_len = plan_rank_caches(
+            specs, config, self._device, facts.max_position_embeddings, spec.ranks_on_node
+        )
+        self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._runner = Runner(
+            model,
+            allocate(specs, self._cache_plan, self._device),
+            block_size=config.block_size,
+            vocab_size=facts.vocab_size,
+        )
+        self._tokenizer = find_tokenizer(spec.model_files)
+        self._load = ExpertLoad(len(facts.moe_layers), len(experts), self._device)
+        self._dispatchers, self._dispatcher_reason = make_dispatchers(
+            config.dispatcher, self._groups, spec.placement, facts.num_experts_per_tok, self._device
+        )
+
+    def report(self) -> RankReport:
+        """What this rank is and has, once it is loaded."""
+        gpu_ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return RankReport(
+            rank=self._spec.rank,
+            node_ip=self._node_ip,
+            pid=os.getpid(),
+            gpu_ids=tuple(gpu_ids) if self._device.type == "cuda" else (),
+            device=self._profile.name,
+            kernel_plan=tuple(self._plan.describe().splitlines()),
+            dispatcher=self._dispatcher_reason,
+            num_local_experts=len(self._spec.placement.experts_of_rank[self._spec.rank]),
+            weight_bytes=self._weight_bytes,
+            cache_bytes=self._cache_plan.bytes,
+            cache_tokens=self._cache_plan.max_tokens,
+            max_model_len=self._max_model_len,
+            threads=self._threads,
+        )
+
+    # ------------------------------------------------------------------------- serving
+
+    def generate(self, requests: Sequence[EngineRequest]) -> Iterator[list[OutputDelta]]:
+        """Serve this rank's share of a batch; yields pieces of output. All ranks run this together.
+
+        A rank that has no work takes part in every step of the others with no tokens.
+        """
+        self._aborting = False
+        scheduler = self._new_scheduler()
+        delivery = Delivery(self._tokenizer)
+        for request in requests:
+            delivery.open(scheduler.add(request))
+        next_delivery = 0.0
+        while True:
+            step = scheduler.schedule()
+            agreed = self._agree([step.num_tokens, scheduler.has_work, self._aborting])
+            if any(aborting for _, _, aborting in agreed) or not any(work for _, work, _ in agreed):
+                break
+            dispatcher = self._load.watch(
+                self._dispatchers.for_step(tuple(tokens for tokens, _, _ in agreed))
+            )
+            result = self._runner.run(step, dispatcher)
+            scheduler.update(step, result.token_ids)
+            delivery.take(scheduler, step, result)
+            if (now := time.monotonic()) >= next_delivery and (deltas := delivery.drain()):
+                yield deltas
+                next_delivery = now + _DELIVERY_INTERVAL_S
+        if deltas := delivery.drain():
+            yield deltas
+
+    def abort_all(self) -> None:
+        """Have every rank leave `generate` after the step that it is in; runs beside it."""
+        self._aborting = True
+
+    def expert_load(self) -> list[list[int]]:
+        """Tokens that each local expert of each MoE layer computed so far."""
+        return self._load.tokens_per_expert().tolist()
+
+    def _agree(self, values: list[int]) -> list[list[int]]:
+        return [values] if self._groups is None else self._groups.agree(values)
+
+    def _new_scheduler(self) -> Scheduler:
+        config, plan = self._config, self._cache_plan
+        return Scheduler(
+            SchedulerConfig(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                block_size=config.block_size,
+                max_model_len=self._max_model_len,
+            ),
+            BlockAllocator(plan.num_blocks, plan.block_size),
+            SlotAllocator(plan.num_slots),
+        )
+
+
+def _node_cores() -> int:
+    return len(os.sched_getaffinity(0))

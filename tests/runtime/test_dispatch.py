@@ -1,0 +1,112 @@
+"""Every dispatcher gives what one rank with all experts gives: real gloo groups, one process a rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from moe_runtime.experts.placement import ExpertPlacement
+from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
+from moe_runtime.parallel.groups import ProcessGroups
+
+NUM_EXPERTS = 7  # divides by none of the rank counts
+TOP_K = 3
+HIDDEN = 5  # odd, so that packing has to align
+
+# Tokens of each rank in one step; the first entries are used when there are fewer ranks.
+TOKEN_COUNTS = [(4, 1, 6, 3), (0, 5, 0, 2), (1, 0, 0, 0), (0, 0, 9, 0)]
+
+
+def _expert(x: torch.Tensor, expert: int) -> torch.Tensor:
+    """A different affine map for each expert, so that the wrong expert shows."""
+    return x * (expert + 2) - expert
+
+
+def _reference(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for t in range(x.shape[0]):
+        for expert, weight in zip(ids[t].tolist(), weights[t], strict=True):
+            out[t] += _expert(x[t].double(), expert) * weight.double()
+    return out
+
+
+def _tokens(seed: int, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, HIDDEN, generator=generator).to(dtype)
+    ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:TOP_K] for _ in range(count)] or [])
+    weights = torch.rand(count, TOP_K, generator=generator).to(dtype)
+    return x, ids, weights
+
+
+def _tokens_or_none(seed: int, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    if count:
+        return _tokens(seed, count, dtype)
+    return (
+        torch.empty(0, HIDDEN, dtype=dtype),
+        torch.empty(0, TOP_K, dtype=torch.int64),
+        torch.empty(0, TOP_K, dtype=dtype),
+    )
+
+
+def _rank_main(rank: int, size: int, kind: str, store_file: str) -> None:
+    store = dist.FileStore(store_file, size)
+    device = torch.device("cpu")
+    groups = ProcessGroups.join(store, rank, size, "127.0.0.1", device, timeout_s=60)
+    placement = ExpertPlacement.contiguous(NUM_EXPERTS, size)
+    local_experts = placement.experts_of_rank[rank]
+    dispatchers, _ = make_dispatchers(kind, groups, placement, TOP_K, device)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.3)):
+        load = ExpertLoad(1, len(local_experts), device)
+        chosen = torch.zeros(NUM_EXPERTS, dtype=torch.int64)
+        for step, all_counts in enumerate(TOKEN_COUNTS):
+            counts = all_counts[:size]
+            if not any(counts):
+                continue
+            assert groups.agree([counts[rank], step]) == [[count, step] for count in counts]
+            for r, count in enumerate(counts):
+                chosen += (
+                    _tokens_or_none(100 * step + r, count, dtype)[1]
+                    .reshape(-1)
+                    .bincount(minlength=NUM_EXPERTS)
+                )
+            x, ids, weights = _tokens_or_none(100 * step + rank, counts[rank], dtype)
+            dispatcher = load.watch(dispatchers.for_step(counts))
+            sent = dispatcher.dispatch(x, ids, weights)
+            y = torch.zeros_like(sent.x_GH, dtype=torch.float32)
+            for k in range(TOP_K):
+                for local, expert in enumerate(local_experts):
+                    here = sent.local_ids_GK[:, k] == local
+                    y[here] += (
+                        _expert(sent.x_GH[here].float(), expert) * sent.weights_GK[here, k, None].float()
+                    )
+            out = dispatcher.combine(y.to(dtype), sent)
+            assert out.shape == x.shape
+            assert out.dtype == dtype
+            torch.testing.assert_close(
+                out.double(), _reference(x, ids, weights), atol=tolerance, rtol=tolerance / 10
+            )
+        assert load.tokens_per_expert()[0].tolist() == chosen[list(local_experts)].tolist()
+    groups.leave()
+
+
+@pytest.mark.parametrize("kind", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_dispatch_and_combine_give_the_sum_over_all_ranks_experts(
+    size: int, kind: str, tmp_path: Path
+) -> None:
+    mp.start_processes(
+        _rank_main, args=(size, kind, str(tmp_path / "store")), nprocs=size, start_method="spawn"
+    )
+
+
+def test_auto_chooses_by_the_share_of_ranks_that_a_token_touches() -> None:
+    from moe_runtime.parallel.dispatch import _choose
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert _choose(2, 10, cpu)[0] == "all_gather"
+    assert _choose(32, 4, cpu)[0] == "all_to_all"
+    assert _choose(32, 4, cuda)[0] == "all_gather"
