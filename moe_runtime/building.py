@@ -50,7 +50,7 @@ def build_model(
     Raises:
         ConfigError: config.json cannot be used, or the weights do not fit into the GPU's free memory.
     """
-    model_class = target.load()
+    model_class: type[CausalLM] = target.load()
     try:
         facts = model_class.describe(files.config)
     except ValueError as error:

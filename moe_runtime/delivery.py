@@ -25,9 +25,7 @@ class Delivery:
         """Take a step's result after the scheduler has; ends sequences whose text holds a stop string."""
         for sequence, ranked in result.prompt_logprobs.items():
             self._streams[sequence].add_prompt_logprobs(ranked)
-        for sequence, token_id, logprobs in zip(
-            step.sampled, result.token_ids, result.logprobs, strict=True
-        ):
+        for sequence, token_id, logprobs in zip(step.sampled, result.token_ids, result.logprobs, strict=True):
             stream = self._streams[sequence]
             stop = stream.add_token(token_id, logprobs)
             if stop is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from moe_runtime.cluster import ensure_ray
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine
-from moe_runtime.errors import ConfigError, PromptError
+from moe_runtime.errors import ConfigError, EngineDeadError, PromptError
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.inspection import ModelInfo, inspect_model
 from moe_runtime.modelfiles import ModelFiles, resolve_model
@@ -31,6 +31,7 @@ from moe_runtime.request import (
     validate_prompt,
 )
 from moe_runtime.tokenizer import Tokenizer, find_tokenizer
+from moe_runtime.weights.index import read_index
 
 
 class LLM:
@@ -63,7 +64,7 @@ class LLM:
         self.config = EngineConfig.from_kwargs(engine_args)
         self._engine: Engine | None = None
         self.files: ModelFiles = resolve_model(model, revision=revision)
-        self.files.weight_files()  # refuse a checkpoint without weights before anything is started
+        read_index(self.files)  # refuse broken weight files before anything is started
         target = resolve_target(self.files.config, model_class)
         self._owns_ray = ensure_ray()
         try:
@@ -138,7 +139,7 @@ class LLM:
             for conversation in conversations
         ]
         # A template writes its special tokens itself.
-        token_prompts = [
+        token_prompts: list[PromptInput] = [
             {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
             for text in prompts
         ]
@@ -197,7 +198,7 @@ class LLM:
 
     def _alive(self) -> Engine:
         if self._engine is None:
-            raise ConfigError("this LLM was shut down; make a new one")
+            raise EngineDeadError("this LLM was shut down; make a new one")
         return self._engine
 
     def _make_requests(
@@ -214,8 +215,12 @@ class LLM:
             token_ids = prompt.token_ids
             if token_ids is None:
                 token_ids = tuple(self.get_tokenizer().encode(prompt.text or ""))
-            validate_prompt(token_ids, self.info.vocab_size, self._alive().max_model_len, params, self._eos_token_ids)
+            validate_prompt(
+                token_ids, self.info.vocab_size, self._alive().max_model_len, params, self._eos_token_ids
+            )
             request_id = str(next(self._request_numbers))
+            if params.stop and self._tokenizer is None:
+                self.get_tokenizer()  # says that there is none: stop strings are found in text
             seed = params.seed if params.seed is not None else draw_seed()
             samples = [
                 EngineRequest(

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.cli.engine_args import add_engine_arguments, add_model_arguments, llm_arguments
+from moe_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_runtime.llm import LLM
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue prompts on the terminal")
     add_model_arguments(parser)
     parser.add_argument(
-        "--prompt", action="append", required=True, help="text to continue; may be given several times"
+        "--prompt", action="append", default=[], help="text to continue; may be given several times"
     )
     parser.add_argument("--chat", action="store_true", help="send each prompt through the chat template")
     sampling = parser.add_argument_group("sampling (defaults come from the checkpoint)")
@@ -49,12 +50,13 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from moe_runtime.llm import LLM
+    from moe_runtime.request import SamplingParams
 
+    if not args.prompt:
+        raise ConfigError("generate needs a prompt; give --prompt TEXT, once or several times")
     given = {name: getattr(args, name) for name in [*_SAMPLING_FLAGS, "stop", "ignore_eos"]}
     given = {name: value for name, value in given.items() if value is not None}
     # Checked before anything is started: bad values should not cost a start-up.
-    from moe_runtime.request import SamplingParams
-
     SamplingParams(**given)
     with LLM(**llm_arguments(args), use_tqdm=sys.stderr.isatty()) as llm:
         defaults = dataclasses.replace(llm.get_default_sampling_params(), max_tokens=_DEFAULT_MAX_TOKENS)

@@ -30,7 +30,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--expert-parallel-size", type=int, metavar="N", help="show this EP size too; refused if illegal"
     )
-    parser.add_argument("--device-memory", default="80GB", metavar="SIZE", help="of one device (default: 80GB)")
+    parser.add_argument(
+        "--device-memory", default="80GB", metavar="SIZE", help="of one device (default: 80GB)"
+    )
     parser.add_argument("--model-class", metavar="MODULE:CLASS", help="class of an unregistered architecture")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="default: 60")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

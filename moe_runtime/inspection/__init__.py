@@ -75,9 +75,7 @@ def inspect_model(
 
         reply = inspect_remotely(request, timeout_s, runtime_env)
         facts = reply["info"]
-        info = ModelInfo.from_dict(
-            {**facts, "tokenizer": {"vocab_size": facts["vocab_size"], **tokenizer}}
-        )
+        info = ModelInfo.from_dict({**facts, "tokenizer": {"vocab_size": facts["vocab_size"], **tokenizer}})
         if reply["manifest"] is not None:
             cache.store(key, info, reply["manifest"])
     if expert_parallel_size is not None:

@@ -22,7 +22,9 @@ _MAX_ENTRIES = 200
 
 def cache_dir() -> Path:
     """`$MOE_RUNTIME_CACHE/inspection`, else `~/.cache/moe_runtime/inspection`."""
-    root = os.environ.get("MOE_RUNTIME_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "moe_runtime")
+    root = os.environ.get("MOE_RUNTIME_CACHE") or os.path.join(
+        os.path.expanduser("~"), ".cache", "moe_runtime"
+    )
     return Path(root) / "inspection"
 
 

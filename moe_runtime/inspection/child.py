@@ -78,6 +78,7 @@ def _inspect(target: ModelTarget, request: Mapping[str, Any], guard: Accelerator
     config = request["config"]
     cls: Any = target.load()
     import torch
+
     from moe_kernels.select import KernelPlan
     from moe_models.interfaces import ExpertShard, KVCacheSpec
 
@@ -149,7 +150,8 @@ def _failure(error: BaseException, target: ModelTarget, guard: AcceleratorGuard)
     if guard.touches and _caused_by_touch(error):
         touch = guard.touches[-1]
         return _reply("AcceleratorTouchError", f"{name}: {touch.text()}\n{WAY_OUT}")
-    trace = _model_traceback(error)
+    # A swallowed touch is often the reason for what failed later.
+    trace = "\n".join([_model_traceback(error), *(f"before that, {touch.text()}" for touch in guard.touches)])
     if isinstance(error, SystemExit):
         text = f"{name} left the inspecting process while {guard.activity}: sys.exit({error.code!r})"
         return _reply("InspectionCrashError", text, trace)

@@ -40,7 +40,9 @@ def compute_fit(info: ModelInfo, device_memory: int, ep_size: int, memory_utiliz
     weights = info.weight_bytes_per_rank(ep_size)
     usable = int(device_memory * memory_utilization)
     left = usable - weights
-    lengths = sorted({length for length in _COMMON_LENGTHS if length < info.max_model_len} | {info.max_model_len})
+    lengths = sorted(
+        {length for length in _COMMON_LENGTHS if length < info.max_model_len} | {info.max_model_len}
+    )
     longest = _longest_sequence(info, left)
     return Fit(
         expert_parallel_size=ep_size,

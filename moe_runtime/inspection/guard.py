@@ -43,20 +43,21 @@ _DEVICE_QUERIES = """
     memory_summary memory_snapshot memory_usage device_memory_used utilization temperature power_draw clock_rate
     list_gpu_processes cudart current_blas_handle ipc_collect set_per_process_memory_fraction
     _exchange_device _maybe_exchange_device
-""".split()
-_TRAPS: dict[str, Sequence[str]] = {
+"""
+# Module to the names that are trapped in it, where this build of torch has them.
+_TRAPS: dict[str, str] = {
     "torch.cuda": _DEVICE_QUERIES,
     "torch.xpu": _DEVICE_QUERIES,
     "torch.mtia": _DEVICE_QUERIES,
     "torch.mps": """
         synchronize current_allocated_memory driver_allocated_memory recommended_max_memory get_rng_state
         set_rng_state compile_shader load_metallib set_per_process_memory_fraction
-    """.split(),
+    """,
     "torch.accelerator": """
         current_device_index current_device_idx set_device_index set_device_idx current_stream set_stream
         synchronize get_device_capability get_memory_info memory_stats memory_allocated memory_reserved
         max_memory_allocated max_memory_reserved
-    """.split(),
+    """,
     "torch._C": """
         _cuda_init _cuda_getDevice _cuda_setDevice _cuda_exchangeDevice _cuda_maybeExchangeDevice
         _cuda_synchronize _cuda_getCurrentStream _cuda_getCurrentRawStream _cuda_getDefaultStream
@@ -72,7 +73,7 @@ _TRAPS: dict[str, Sequence[str]] = {
         _accelerator_maybeExchangeDevice _accelerator_getStream _accelerator_setStream
         _accelerator_synchronizeDevice _accelerator_getDeviceCapability _accelerator_getDeviceStats
         _accelerator_getMemoryInfo
-    """.split(),
+    """,
 }
 
 _DRIVER_LIBRARY = re.compile(
@@ -107,13 +108,14 @@ class AcceleratorGuard:
         self._libraries = (os.path.dirname(torch.__file__) + os.sep,)
         replaced: dict[int, Any] = {}
         for module_name, names in _TRAPS.items():
-            self._replace(module_name, {n: self._trap(f"{module_name}.{n}") for n in names}, replaced)
+            traps = {name: self._trap(f"{module_name}.{name}") for name in names.split()}
+            self._replace(module_name, traps, replaced)
         for module_name, answers in _ANSWERS.items():
             self._replace(module_name, {n: _answer(v) for n, v in answers.items()}, replaced)
         _replace_copies(replaced)
         # Making a stream asks the driver for the current device, from the C side.
-        torch.cuda.Stream.__new__ = self._trap("torch.cuda.Stream")  # type: ignore[method-assign,assignment]
-        torch.xpu.Stream.__new__ = self._trap("torch.xpu.Stream")  # type: ignore[method-assign,assignment]
+        torch.cuda.Stream.__new__ = self._trap("torch.cuda.Stream")  # type: ignore[method-assign]
+        torch.xpu.Stream.__new__ = self._trap("torch.xpu.Stream")  # type: ignore[method-assign]
         if driver := sys.modules.get("triton.runtime.driver"):
             self._trap_triton(driver)
         else:

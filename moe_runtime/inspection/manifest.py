@@ -120,7 +120,7 @@ def _split(files: set[str]) -> tuple[set[str], set[str]]:
 
 def _distributions_by_top_level() -> dict[str, set[str]]:
     """Import name to the metadata folders of the distributions that install it."""
-    folders = {}
+    folders: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         path = getattr(distribution, "_path", None)  # the only way to learn where the metadata lies
         if path is not None:

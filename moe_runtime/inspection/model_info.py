@@ -121,7 +121,8 @@ class ModelInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that survive JSON."""
-        return json.loads(self.to_json())  # type: ignore[no-any-return]
+        data: dict[str, Any] = json.loads(self.to_json())
+        return data
 
     def to_json(self) -> str:
         """One JSON object; `from_json` gives back an equal ModelInfo."""

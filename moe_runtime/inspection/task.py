@@ -5,6 +5,7 @@ Imports neither torch nor Ray: the Ray worker that runs it stays small and can b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -94,17 +95,18 @@ def _read_reply(process: subprocess.Popen[bytes], answer: IO[str], output: IO[by
     if process.returncode < 0:
         how = f"died of {_signal_text(-process.returncode)}"
     else:
-        how = f"left with exit status {process.returncode} and without a result (os._exit in the model's code?)"
+        how = (
+            f"left with exit status {process.returncode} and without a result (os._exit in the model's code?)"
+        )
     return _failure("InspectionCrashError", f"the process that imported the model {how}", output)
 
 
 def _timed_out(process: subprocess.Popen[bytes], output: IO[bytes], timeout_s: float) -> dict[str, Any]:
     # faulthandler answers this signal with the stack of every thread: where it hangs.
     process.send_signal(signal.SIGABRT)
-    try:
+    # A model that handles the signal itself is killed all the same.
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_ABORT_S)
-    except subprocess.TimeoutExpired:
-        pass  # the model handles the signal itself; it is killed all the same
     message = (
         f"importing and building the model did not end within {timeout_s:g} s and was killed; raise the limit with "
         f"--timeout (timeout_s= in Python), or see below where it was"
@@ -114,10 +116,8 @@ def _timed_out(process: subprocess.Popen[bytes], output: IO[bytes], timeout_s: f
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End the process and whatever it started in its session; returns when it is gone."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # nothing of the session is left
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # nothing of the session is left
     process.wait()
 
 

@@ -60,7 +60,7 @@ class _AllGatherStep:
         if y_GH.device.type == "cuda":
             out = torch.empty((padded, y_GH.shape[1]), dtype=y_GH.dtype, device=y_GH.device)
             with collective("reducing partial sums"):
-                dist.reduce_scatter_tensor(out, y_GH.contiguous(), group=self._groups.data)
+                dist.reduce_scatter_single(out, y_GH.contiguous(), group=self._groups.data)
             return out[:num_tokens]
         # gloo: exchange and add in rank order, in float32, so that a sum does not depend on the algorithm.
         parts = torch.empty_like(y_GH, memory_format=torch.contiguous_format)

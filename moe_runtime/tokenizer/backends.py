@@ -82,7 +82,7 @@ class JsonBackend:
         return token_id
 
     def id_to_token(self, token_id: int) -> str | None:
-        token: str | None = self._rust.id_to_token(token_id)
+        token: str | None = self._rust.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
         return token
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes | None:
@@ -126,7 +126,10 @@ class TransformersBackend:
 
 
 def load_backend(directory: Path, tokenizer_config: Mapping[str, Any]) -> TokenizerBackend:
-    """The backend for a model directory; ModelNotFoundError where it holds no tokenizer that we can run."""
+    """The backend for a model directory.
+
+    Raises ModelNotFoundError where there is no tokenizer, ConfigError where it cannot be read.
+    """
     file = directory / TOKENIZER_FILE
     if file.is_file():
         return JsonBackend(file, tokenizer_config)
@@ -139,7 +142,7 @@ def load_backend(directory: Path, tokenizer_config: Mapping[str, Any]) -> Tokeni
         # Imported here because it takes seconds, and only a directory without tokenizer.json needs it.
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise ModelNotFoundError(
+        raise ConfigError(
             f"{directory} has no {TOKENIZER_FILE}, and reading its older tokenizer files needs transformers; "
             f"pip install 'moe-runtime[transformers]'"
         ) from error

@@ -63,13 +63,12 @@ class Tokenizer:
         """Token ids of `text`; with `add_special_tokens` also those that the tokenizer puts around every text.
 
         A rendered chat template already holds its special tokens: encode it with add_special_tokens=False.
+        Raises PromptError for what is no text.
         """
         try:
             return self._backend.encode(text, add_special_tokens)
-        except UnicodeEncodeError as error:  # a lone surrogate, which is no character
-            raise PromptError(
-                f"the prompt holds {error.object[error.start]!r} at position {error.start}, which UTF-8 cannot encode"
-            ) from error
+        except (TypeError, UnicodeEncodeError) as error:
+            raise PromptError(_why_no_text(text)) from error
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that form no UTF-8 character become U+FFFD, unknown ids nothing."""
@@ -125,6 +124,14 @@ class Tokenizer:
     def _special_id(self, role: str) -> int | None:
         token = self._special_tokens.get(role)
         return self._backend.token_to_id(token) if isinstance(token, str) else None
+
+
+def _why_no_text(text: object) -> str:
+    if not isinstance(text, str):
+        return f"a prompt must be text, not {type(text).__name__}"
+    # Python's strings may hold half of a UTF-16 pair, as broken JSON escapes do; no tokenizer takes it.
+    position = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), 0)
+    return f"the prompt holds {text[position]!r} at position {position}, which is no character; remove it"
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:

@@ -71,7 +71,7 @@ def read_index(files: ModelFiles) -> CheckpointIndex:
     if misplaced:
         more = f" and {len(misplaced) - 8} more" if len(misplaced) > 8 else ""
         raise CheckpointError(
-            f"{files.path}: {WEIGHTS_INDEX_FILE} names {len(misplaced)} tensors that are not in their shard: "
+            f"{files.path}: {WEIGHTS_INDEX_FILE} puts tensors into shards that do not hold them ({len(misplaced)}): "
             f"{', '.join(misplaced[:8])}{more}; the index and the shards are of different checkpoints"
         )
     return index

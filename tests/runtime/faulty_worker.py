@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from moe_runtime.errors import CheckpointError
 from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
 

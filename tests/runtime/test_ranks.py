@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from moe_runtime.cluster import Placement
 from moe_runtime.errors import CheckpointError, MoeRuntimeError, PlacementError, RankFailedError
 from moe_runtime.ranks import Ranks
@@ -48,7 +49,11 @@ def test_items_of_all_ranks_arrive_with_their_rank(ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     ("how", "error", "words"),
     [
-        ("raise", RankFailedError, r"rank 1 \(node 127.0.0.1, pid \d+\) failed: ZeroDivisionError: a kernel went"),
+        (
+            "raise",
+            RankFailedError,
+            r"rank 1 \(node 127.0.0.1, pid \d+\) failed: ZeroDivisionError: a kernel went",
+        ),
         ("kill", RankFailedError, r"rank 1 \(node 127.0.0.1, pid \d+\) died"),
         ("exit", RankFailedError, r"rank 1 \(node 127.0.0.1, pid \d+\) died"),
         ("user error", CheckpointError, r"model.safetensors is truncated"),

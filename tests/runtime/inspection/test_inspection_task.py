@@ -106,7 +106,7 @@ from tiny_moe import TinyForCausalLM
     reply = _inspect_source(tmp_path, source)
     (warning,) = reply["info"]["warnings"]
     assert "torch.cuda.get_device_name was called while importing the model" in warning
-    assert f'model ({tmp_path}/model.py:4): NAME = torch.cuda.get_device_name(0)' in warning
+    assert f"model ({tmp_path}/model.py:4): NAME = torch.cuda.get_device_name(0)" in warning
 
 
 def test_touch_while_building_is_named_as_such(tmp_path: Path) -> None:
@@ -130,8 +130,25 @@ def test_import_error_keeps_its_traceback_node_and_interpreter(tmp_path: Path) -
     assert reply["error"] == "ModelImportError"
     assert "ModuleNotFoundError: No module named 'a_module_that_nobody_has'" in reply["message"]
     assert f"(node {os.uname().nodename}, interpreter " in reply["message"]
-    files = [line.split('"')[1] for line in reply["traceback"].splitlines() if line.strip().startswith("File")]
+    files = [
+        line.split('"')[1] for line in reply["traceback"].splitlines() if line.strip().startswith("File")
+    ]
     assert files == [str(tmp_path / "model.py"), str(tmp_path / "helper.py")]
+
+
+def test_failure_after_a_swallowed_touch_tells_of_it(tmp_path: Path) -> None:
+    source = """
+import torch
+try:
+    MAJOR = torch.cuda.get_device_capability()[0]
+except RuntimeError:
+    MAJOR = None
+FAST = MAJOR >= 9
+"""
+    reply = _inspect_source(tmp_path, source)
+    assert reply["error"] == "ModelImportError"
+    assert "TypeError: '>=' not supported" in reply["message"]
+    assert "before that, torch.cuda.get_device_capability was called" in reply["traceback"]
 
 
 def test_missing_class_is_named_with_its_nearest() -> None:
@@ -166,7 +183,11 @@ class TinyForCausalLM(tiny_moe.TinyForCausalLM):
     [
         ("import ctypes\nctypes.string_at(0)\n", "died of SIGSEGV (segmentation fault)", 'model.py", line 2'),
         ("import os\nos.abort()\n", "died of SIGABRT (aborted)", 'model.py", line 2'),
-        ("import os\nprint('last words', flush=True)\nos._exit(0)\n", "left with exit status 0", "last words"),
+        (
+            "import os\nprint('last words', flush=True)\nos._exit(0)\n",
+            "left with exit status 0",
+            "last words",
+        ),
         ("import sys\nsys.exit(3)\n", "while importing: sys.exit(3)", 'model.py", line 2'),
     ],
     ids=["segfault", "abort", "os._exit", "sys.exit"],
@@ -193,6 +214,10 @@ time.sleep(600)
     assert 'model.py", line 5 in <module>' in reply["traceback"]
     inspecting, started_by_it = map(int, (tmp_path / "pids").read_text().split())
     assert not _runs(inspecting)
+    # Killed, but not ours to wait for: the kernel takes a moment.
+    deadline = time.monotonic() + 10
+    while _runs(started_by_it) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not _runs(started_by_it)
 
 
