@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from moe_runtime.errors import ConfigError, PromptError, did_you_mean
 from moe_runtime.sampling_params import GREEDY_TEMPERATURE, SamplingParams
@@ -44,9 +44,10 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids."""
+    """A prompt as token ids, and perhaps the text that they are of."""
 
     prompt_token_ids: list[int]
+    prompt: NotRequired[str]
 
 
 PromptInput = str | list[int] | TextPrompt | TokensPrompt

@@ -6,7 +6,6 @@ the modules imported. Python finds the modules on its path: PYTHONPATH must name
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -90,10 +89,11 @@ def main(modules: list[str]) -> None:
     trap.install()
     for name in modules:
         trap.current = name
-        with contextlib.ExitStack() as stack:
-            if name in trap.found:
-                stack.enter_context(contextlib.suppress(Exception))
+        try:
             importlib.import_module(name)
+        except Exception:
+            if name not in trap.found:
+                raise
     print(json.dumps(trap.found))
 
 
