@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_runtime.async_llm import AsyncLLM
     from moe_runtime.inspection import ModelInfo, inspect_model
     from moe_runtime.llm import LLM
     from moe_runtime.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "Logprob",
     "ModelInfo",
@@ -28,6 +30,7 @@ __all__ = [
 
 _HOME = {
     "LLM": "moe_runtime.llm",
+    "AsyncLLM": "moe_runtime.async_llm",
     "CompletionOutput": "moe_runtime.request",
     "Logprob": "moe_runtime.request",
     "RequestOutput": "moe_runtime.request",

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 import ray
 from ray.util.placement_group import (
@@ -13,17 +18,23 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from moe_runtime.errors import PlacementError
+from moe_runtime.errors import ConfigError, PlacementError
 
 # Whole CPUs would keep more ranks than cores pending for ever; a rank's threads are divided by us instead.
 CPU_RANK_BUNDLE = {"CPU": 0.01}
 GPU_RANK_BUNDLE = {"GPU": 1.0, "CPU": 1.0}
 
 
-def ensure_ray() -> bool:
+def ensure_ray(*, must_outlive_us: bool = False) -> bool:
     """Connect to the Ray that RAY_ADDRESS or the machine offers, else start one here.
 
+    Args:
+        must_outlive_us: a Ray started here would end with this process, so there must be one already.
+
     Returns whether this call connected, in which case the caller owes `ray.shutdown()`.
+
+    Raises:
+        ConfigError: there is no Ray that would outlive this process.
     """
     if ray.is_initialized():
         return False
@@ -35,6 +46,13 @@ def ensure_ray() -> bool:
         if os.environ.get("RAY_ADDRESS"):
             raise
         ray.init(address="local", include_dashboard=False, logging_level="error")
+    # Ray says nowhere else whether `init` found a cluster or started one.
+    if must_outlive_us and ray._private.worker._global_node.is_head():
+        ray.shutdown()
+        raise ConfigError(
+            "a named deployment outlives its driver, and there is no Ray cluster here that does; start one with "
+            "`ray start --head`, or set RAY_ADDRESS"
+        )
     return True
 
 
@@ -61,16 +79,16 @@ class Placement:
         self.slots = slots
 
     @classmethod
-    def reserve(cls, num_ranks: int, device: str, timeout_s: float) -> Placement:
-        """Reserve the bundles of `num_ranks` ranks.
+    def reserve(cls, num_ranks: int, device: str, timeout_s: float, strategy: str = "PACK") -> Placement:
+        """Reserve the bundles of `num_ranks` ranks by one of Ray's placement strategies.
 
         Raises:
-            PlacementError: the cluster has fewer GPUs than ranks, or they did not come free in time.
+            PlacementError: the cluster has fewer GPUs or nodes than it takes, or they did not come free in
+                time.
         """
         bundle = GPU_RANK_BUNDLE if device == "cuda" else CPU_RANK_BUNDLE
-        if device == "cuda":
-            _check_gpus(num_ranks)
-        group = placement_group([bundle] * num_ranks, strategy="PACK")
+        _check_room(num_ranks, device, strategy)
+        group = placement_group([bundle] * num_ranks, strategy=strategy)
         try:
             if not group.wait(timeout_s):
                 raise PlacementError(
@@ -90,23 +108,42 @@ class Placement:
             remove_placement_group(self.group)
 
 
-def _check_gpus(wanted: int) -> None:
-    have = int(ray.cluster_resources().get("GPU", 0))
-    if have < wanted:
+def _check_room(ranks: int, device: str, strategy: str) -> None:
+    """Refuse at once what this cluster could never hold: its placement group would stay pending for ever."""
+    if device == "cuda":
+        room = [int(node["Resources"].get("GPU", 0)) for node in _alive_nodes()]
+        if sum(room) < ranks:
+            raise PlacementError(
+                f"expert_parallel_size={ranks} needs {ranks} GPUs, the cluster has {sum(room)} "
+                f"({_nodes_text()}); lower it, add GPU nodes, or use device='cpu'"
+            )
+    else:
+        room = [ranks if node["Resources"].get("CPU") else 0 for node in _alive_nodes()]
+    what = "GPUs" if device == "cuda" else "CPUs"
+    if strategy == "STRICT_PACK" and max(room) < ranks:
         raise PlacementError(
-            f"expert_parallel_size={wanted} needs {wanted} GPUs, the cluster has {have} ({_nodes_text()}); "
-            f"lower it, add GPU nodes, or use device='cpu'"
+            f"placement_strategy=STRICT_PACK needs one node with {what} for all {ranks} ranks, the cluster has "
+            f"{_nodes_text()}; use PACK"
         )
+    nodes = sum(here > 0 for here in room)
+    if strategy == "STRICT_SPREAD" and nodes < ranks:
+        raise PlacementError(
+            f"placement_strategy=STRICT_SPREAD needs a node with {what} for each of {ranks} ranks, the cluster "
+            f"has {nodes} ({_nodes_text()}); use SPREAD"
+        )
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _nodes_text() -> str:
     """`"10.0.0.1: 8 CPU, 2 GPU; 10.0.0.2: ..."` for the nodes that are alive."""
     texts = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            has = node["Resources"]
-            gpus = f", {has['GPU']:g} GPU" if has.get("GPU") else ", no GPU"
-            texts.append(f"{node['NodeManagerAddress']}: {has.get('CPU', 0):g} CPU{gpus}")
+    for node in _alive_nodes():
+        has = node["Resources"]
+        gpus = f", {has['GPU']:g} GPU" if has.get("GPU") else ", no GPU"
+        texts.append(f"{node['NodeManagerAddress']}: {has.get('CPU', 0):g} CPU{gpus}")
     return "; ".join(texts)
 
 

@@ -32,6 +32,10 @@ class Delivery:
                 scheduler.finish(sequence, "stop", stop)
             self._changed[sequence] = stream
 
+    def end(self, sequence: Sequence) -> None:
+        """Report the end of a sequence that was ended from outside."""
+        self._changed[sequence] = self._streams[sequence]
+
     def drain(self) -> list[OutputDelta]:
         """Everything new, one delta a sequence; finished sequences are forgotten."""
         deltas = [stream.drain() for stream in self._changed.values()]

@@ -1,28 +1,44 @@
-"""Engine: the driver's side of one deployment. Starts the ranks, spreads requests over them, gathers tokens."""
+"""Engine: the owner's side of one deployment. Starts its ranks, watches over them, ends them."""
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from moe_runtime.cluster import Placement, resolve_device
 from moe_runtime.config import EngineConfig
-from moe_runtime.errors import EngineDeadError, RankFailedError
+from moe_runtime.errors import EngineDeadError, MoeRuntimeError
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.modelfiles import ModelFiles
-from moe_runtime.rank_spec import RankReport, RankSpec
+from moe_runtime.rank_spec import RankReport, RankSpec, RankStats
 from moe_runtime.ranks import DEFAULT_WORKER, Ranks
 from moe_runtime.registry import ModelTarget
-from moe_runtime.request import EngineRequest, OutputDelta
 
 logger = logging.getLogger(__name__)
 
+_STATS_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """What a driver needs to talk to the ranks of a running deployment."""
+
+    addresses: tuple[tuple[str, int], ...]  # of each rank's server
+    key: bytes = dataclasses.field(repr=False)  # that both ends prove to know
+    reports: tuple[RankReport, ...]
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that prompt and output may have together, on every rank."""
+        return min(report.max_model_len for report in self.reports)
+
 
 class Engine:
-    """One deployment: its ranks live until `shutdown`, or until one of them fails."""
+    """One deployment: its ranks serve until `shutdown`, or until one of them fails."""
 
     def __init__(
         self,
@@ -34,7 +50,7 @@ class Engine:
         on_loaded_bytes: Callable[[int], None] | None = None,
         worker: str = DEFAULT_WORKER,
     ) -> None:
-        """Start the ranks, join them and load the weights; returns when all are ready.
+        """Start the ranks, join them, load the weights, start their loops; returns when all serve.
 
         Args:
             on_loaded_bytes: called with the number of checkpoint bytes that some rank has read since its
@@ -42,86 +58,94 @@ class Engine:
             worker: class that runs in the rank actors, `"module:Class"`.
         """
         self._ranks: Ranks | None = None
+        self._failure: MoeRuntimeError | None = None
+        self._ended = threading.Event()
         device = resolve_device(config.device)
-        slots = Placement.reserve(placement.num_ranks, device, config.placement_timeout_s)
+        slots = Placement.reserve(
+            placement.num_ranks, device, config.placement_timeout_s, config.placement_strategy
+        )
         try:
-            nodes = [slot.node_id for slot in slots.slots]
-            specs = [
-                RankSpec(
-                    rank=rank,
-                    config=dataclasses.replace(config, device=device),
-                    model_files=files,
-                    target=target,
-                    placement=placement,
-                    ranks_on_node=nodes.count(node),
-                )
-                for rank, node in enumerate(nodes)
-            ]
+            specs = _rank_specs(slots, files, target, placement, dataclasses.replace(config, device=device))
             self._ranks = Ranks(slots, device, worker, specs)
-            self._ranks.locate()
-            if len(self._ranks) > 1:
-                meeting_point = self._ranks.call_one(0, "host_store")
-                self._ranks.call("join", meeting_point)
-            for _, num_bytes in self._ranks.stream("load", [()] * len(self._ranks)):
-                if on_loaded_bytes:
-                    on_loaded_bytes(num_bytes)
-            self.reports: list[RankReport] = self._ranks.call("report")
+            self.connection = self._start(self._ranks, on_loaded_bytes)
         except BaseException:  # Ctrl-C during start-up too: leave nothing behind
             self.shutdown()
             slots.remove()
             raise
-        for report in self.reports:
+        threading.Thread(target=self._watch, args=(self._ranks,), name="engine-watch", daemon=True).start()
+        for report in self.connection.reports:
             logger.info("%s", report)
 
-    @property
-    def max_model_len(self) -> int:
-        """Tokens that prompt and output may have together, on every rank."""
-        return min(report.max_model_len for report in self.reports)
+    def wait_for_end(self) -> MoeRuntimeError | None:
+        """Block until the deployment has ended; returns what ended it, None for `shutdown`."""
+        self._ended.wait()
+        return self._failure
 
-    def run(self, requests: Sequence[EngineRequest]) -> Iterator[OutputDelta]:
-        """Serve `requests`; yields pieces of output as ranks deliver them.
+    def stats(self) -> list[RankStats]:
+        """What each rank has done and holds."""
+        return self._alive().ask("stats", timeout_s=_STATS_TIMEOUT_S)
 
-        Raises:
-            RankFailedError: a rank failed; all ranks have been ended.
-            EngineDeadError: the deployment had ended before.
-        """
-        ranks = self._alive()
-        shares = _spread(requests, len(ranks))
-        try:
-            for _, deltas in ranks.stream("generate", [(share,) for share in shares]):
-                yield from deltas
-        except RankFailedError:
-            self.shutdown()
-            raise
-        except BaseException:  # the caller left (Ctrl-C, a break out of the loop): the ranks live on
-            ranks.interrupt("abort_all")
-            raise
-
-    def expert_load(self) -> list[Any]:
+    def expert_load(self) -> list[list[list[int]]]:
         """For each rank, tokens that each local expert of each MoE layer computed: [layers][local experts]."""
-        return self._alive().call("expert_load")
+        return self._alive().ask("expert_load", timeout_s=_STATS_TIMEOUT_S)
+
+    def check_health(self, timeout_s: float = 10.0) -> None:
+        """Raises RankFailedError or EngineDeadError unless every rank answers in time."""
+        self._alive().ask("where", timeout_s=timeout_s)
 
     def shutdown(self) -> None:
         """End the ranks and free their resources; safe to call again."""
-        if self._ranks is not None:
-            self._ranks.kill()
-            self._ranks = None
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.kill()
+        self._ended.set()
+
+    def _start(self, ranks: Ranks, on_loaded_bytes: Callable[[int], None] | None) -> Connection:
+        ranks.locate()
+        if len(ranks) > 1:
+            ranks.call("join", ranks.call_one(0, "host_store"))
+        for _, num_bytes in ranks.stream("load", [()] * len(ranks)):
+            if on_loaded_bytes:
+                on_loaded_bytes(num_bytes)
+        reports = tuple(ranks.call("report"))
+        key = secrets.token_bytes(32)
+        return Connection(addresses=tuple(ranks.call("open_server", key)), key=key, reports=reports)
+
+    def _watch(self, ranks: Ranks) -> None:
+        """Keep the ranks' loops running; when one fails, say why and end all."""
+        addresses = self.connection.addresses
+        peers = [(addresses[:rank] + addresses[rank + 1 :],) for rank in range(len(ranks))]
+        try:
+            ranks.call_each("serve", peers)
+        except Exception as error:
+            if self._ranks is not None:  # else `shutdown` is why
+                self._failure = error if isinstance(error, MoeRuntimeError) else EngineDeadError(repr(error))
+        self.shutdown()
 
     def _alive(self) -> Ranks:
-        if self._ranks is None:
-            raise EngineDeadError(
-                "the deployment has ended: it was shut down or a rank failed; start a new one"
-            )
+        if self._ranks is None or self._ranks.ended:
+            why = f": {self._failure}" if self._failure else ""
+            raise EngineDeadError(f"the deployment has ended{why}; start a new one")
         return self._ranks
 
 
-def _spread(requests: Sequence[EngineRequest], num_ranks: int) -> list[list[EngineRequest]]:
-    """Give each request, in order, to the rank with the fewest tokens to compute so far."""
-    shares: list[list[EngineRequest]] = [[] for _ in range(num_ranks)]
-    load = [(0, rank) for rank in range(num_ranks)]
-    for request in requests:
-        tokens, rank = heapq.heappop(load)
-        shares[rank].append(request)
-        tokens += len(request.prompt_token_ids) + (request.params.max_tokens or 0)
-        heapq.heappush(load, (tokens, rank))
-    return shares
+def _rank_specs(
+    slots: Placement,
+    files: ModelFiles,
+    target: ModelTarget,
+    placement: ExpertPlacement,
+    config: EngineConfig,
+) -> list[RankSpec]:
+    nodes = [slot.node_id for slot in slots.slots]
+    return [
+        RankSpec(
+            rank=rank,
+            generation=0,
+            config=config,
+            model_files=files,
+            target=target,
+            placement=placement,
+            ranks_on_node=nodes.count(node),
+        )
+        for rank, node in enumerate(nodes)
+    ]

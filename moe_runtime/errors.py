@@ -74,6 +74,10 @@ class PeerLostError(MoeRuntimeError):
     """A collective failed on a rank because another rank died, raised, or stopped answering."""
 
 
+class ChannelError(MoeRuntimeError):
+    """A driver and a rank cannot talk: nobody listens, or one of them does not know the deployment's key."""
+
+
 class EngineDeadError(MoeRuntimeError):
     """The deployment has ended (a rank failed, or it was shut down) and takes no more requests."""
 

@@ -5,33 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
-from moe_runtime.cluster import ensure_ray
 from moe_runtime.config import EngineConfig
-from moe_runtime.engine import Engine
-from moe_runtime.errors import ConfigError, EngineDeadError, PromptError
-from moe_runtime.experts.placement import ExpertPlacement
-from moe_runtime.inspection import ModelInfo, inspect_model
-from moe_runtime.modelfiles import ModelFiles, resolve_model
+from moe_runtime.errors import ConfigError, MoeRuntimeError
+from moe_runtime.frontend import Frontend
+from moe_runtime.inspection import ModelInfo
 from moe_runtime.outputs import Ledger
-from moe_runtime.progress import LoadProgress, RequestProgress
-from moe_runtime.rank_spec import RankReport
-from moe_runtime.registry import resolve_target
-from moe_runtime.request import (
-    EngineRequest,
-    OutputDelta,
-    PromptInput,
-    RequestOutput,
-    SamplingParams,
-    draw_seed,
-    parse_prompt,
-    validate_prompt,
-)
-from moe_runtime.tokenizer import Tokenizer, find_tokenizer
-from moe_runtime.weights.index import read_index
+from moe_runtime.progress import RequestProgress
+from moe_runtime.rank_spec import RankReport, RankStats
+from moe_runtime.request import OutputDelta, PromptInput, RequestOutput, SamplingParams
+from moe_runtime.tokenizer import Tokenizer
 
 
 class LLM:
@@ -43,6 +29,7 @@ class LLM:
         *,
         revision: str | None = None,
         model_class: str | type | None = None,
+        name: str | None = None,
         use_tqdm: bool = True,
         **engine_args: Any,
     ) -> None:
@@ -53,6 +40,8 @@ class LLM:
             revision: of a Hub id.
             model_class: class of the model where no registered one is meant: `"module:Class"` or a class,
                 which is shipped to the ranks by value if it was defined in the driver's script.
+            name: of the deployment, which then outlives this object and is shared: other drivers attach with
+                `LLM.connect(name)`, and `moe-runtime stop NAME` ends it.
             use_tqdm: show a progress bar while weights load.
             engine_args: fields of `EngineConfig`, `expert_parallel_size` above all.
 
@@ -61,30 +50,33 @@ class LLM:
             InspectionError: the model class could not be inspected.
             RankFailedError: a rank failed during start-up.
         """
-        self.config = EngineConfig.from_kwargs(engine_args)
-        self._engine: Engine | None = None
-        self.files: ModelFiles = resolve_model(model, revision=revision)
-        read_index(self.files)  # refuse broken weight files before anything is started
-        target = resolve_target(self.files.config, model_class)
-        self._owns_ray = ensure_ray()
-        try:
-            self.info: ModelInfo = inspect_model(
-                self.files,
+        self._use(
+            Frontend.start(
+                model,
+                config=EngineConfig.from_kwargs(engine_args),
+                revision=revision,
                 model_class=model_class,
-                expert_parallel_size=self.config.expert_parallel_size,
-                dtype=self.config.dtype,
-                timeout_s=self.config.inspection_timeout_s,
+                name=name,
+                use_tqdm=use_tqdm,
             )
-            placement = ExpertPlacement.contiguous(self.info.num_experts, self.config.expert_parallel_size)
-            self._tokenizer = find_tokenizer(self.files)
-            self._eos_token_ids = self._find_eos_token_ids()
-            with LoadProgress(self.files, disable=not use_tqdm) as progress:
-                self._engine = Engine(
-                    self.files, target, placement, self.config, on_loaded_bytes=progress.update
-                )
-        except BaseException:
-            self.shutdown()
-            raise
+        )
+
+    @classmethod
+    def connect(cls, name: str) -> LLM:
+        """Attach to the running deployment named `name`.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        llm = cls.__new__(cls)
+        llm._use(Frontend.attach(name))
+        return llm
+
+    def _use(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+        self.files = frontend.plan.files
+        self.config = frontend.plan.config
+        self.info: ModelInfo = frontend.plan.info
         self._request_numbers = itertools.count()
 
     def generate(
@@ -106,10 +98,10 @@ class LLM:
             RankFailedError: a rank failed; the deployment has ended.
         """
         ledger = Ledger()
-        requests = self._make_requests(_as_list(prompts), sampling_params, ledger)
-        with RequestProgress(ledger, disable=not use_tqdm) as progress:
-            for delta in self._alive().run(requests):
-                progress.update(delta, ledger.apply(delta))
+        pieces = self._run(_as_list(prompts), sampling_params, ledger)
+        with RequestProgress(disable=not use_tqdm) as progress:
+            for delta in pieces:
+                progress.update(len(ledger), delta, ledger.apply(delta))
         return list(ledger.outputs())
 
     def chat(
@@ -125,11 +117,12 @@ class LLM:
         """Answer one conversation, or each of several; messages are `{"role": ..., "content": ...}`.
 
         Raises:
-            PromptError: the checkpoint has no chat template, or it refuses the messages.
+            ConfigError: the checkpoint has no chat template.
+            PromptError: the template refuses the messages.
         """
         tokenizer = self.get_tokenizer()
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
+        texts = [
             tokenizer.apply_chat_template(
                 list(conversation),  # type: ignore[arg-type]
                 add_generation_prompt=add_generation_prompt,
@@ -139,17 +132,17 @@ class LLM:
             for conversation in conversations
         ]
         # A template writes its special tokens itself.
-        token_prompts: list[PromptInput] = [
+        prompts: list[PromptInput] = [
             {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
-            for text in prompts
+            for text in texts
         ]
-        return self.generate(token_prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None
     ) -> Iterator[OutputDelta]:
-        """Continue one prompt; yields pieces of output as they come."""
-        yield from self._alive().run(self._make_requests([prompt], sampling_params, Ledger()))
+        """Continue one prompt; yields pieces of output as they come. Leaving the loop aborts the request."""
+        yield from self._run([prompt], sampling_params, Ledger())
 
     def get_tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer.
@@ -157,36 +150,31 @@ class LLM:
         Raises:
             PromptError: the checkpoint has none.
         """
-        if self._tokenizer is None:
-            raise PromptError(
-                f"the checkpoint {self.files.name} has no tokenizer; give prompts as "
-                '{"prompt_token_ids": [...]}, or put its tokenizer.json beside the weights'
-            )
-        return self._tokenizer
+        return self._frontend.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when it is given none: the checkpoint's `generation_config.json`."""
-        return SamplingParams.from_generation_config(self.files.generation_config)
+        return self._frontend.default_sampling_params
 
     @property
     def ranks(self) -> list[RankReport]:
         """Each rank's node, device, kernel plan, memory."""
-        return self._alive().reports
+        return list(self._frontend.deployment.connection.reports)
+
+    @property
+    def stats(self) -> list[RankStats]:
+        """What each rank has done and holds now."""
+        self._frontend.raise_if_closed()
+        return self._frontend.deployment.stats()
 
     def expert_load(self) -> list[list[list[int]]]:
         """Tokens computed so far by rank, MoE layer and local expert."""
-        return self._alive().expert_load()
+        self._frontend.raise_if_closed()
+        return self._frontend.deployment.expert_load()
 
     def shutdown(self) -> None:
-        """End the ranks, and Ray if this object connected to it. Safe to call again."""
-        if self._engine is not None:
-            self._engine.shutdown()
-            self._engine = None
-        if self._owns_ray:
-            import ray
-
-            ray.shutdown()
-            self._owns_ray = False
+        """End the deployment, or leave it if it is a named one. Safe to call again."""
+        self._frontend.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -196,47 +184,31 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def _alive(self) -> Engine:
-        if self._engine is None:
-            raise EngineDeadError("this LLM was shut down; make a new one")
-        return self._engine
-
-    def _make_requests(
+    def _run(
         self,
         prompts: Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         ledger: Ledger,
-    ) -> list[EngineRequest]:
-        """Check every prompt, record them, and make one EngineRequest for each sample."""
+    ) -> Iterator[OutputDelta]:
+        """Check every prompt, record and submit them; yields pieces until all have ended."""
+        frontend = self._frontend
+        frontend.raise_if_closed()
         params_of_prompt = self._params_for(len(prompts), sampling_params)
-        requests: list[EngineRequest] = []
-        for given, params in zip(prompts, params_of_prompt, strict=True):
-            prompt = parse_prompt(given)
-            token_ids = prompt.token_ids
-            if token_ids is None:
-                token_ids = tuple(self.get_tokenizer().encode(prompt.text or ""))
-            validate_prompt(
-                token_ids, self.info.vocab_size, self._alive().max_model_len, params, self._eos_token_ids
-            )
-            request_id = str(next(self._request_numbers))
-            if params.stop and self._tokenizer is None:
-                self.get_tokenizer()  # says that there is none: stop strings are found in text
-            seed = params.seed if params.seed is not None else draw_seed()
-            samples = [
-                EngineRequest(
-                    request_id=request_id,
-                    sample_index=index,
-                    prompt_token_ids=token_ids,
-                    # Every sample has the same prompt: the first reports on it.
-                    params=params if index == 0 else replace(params, prompt_logprobs=None),
-                    seed=seed,
-                    eos_token_ids=self._eos_token_ids,
-                )
-                for index in range(params.n)
-            ]
-            ledger.add(request_id, prompt.text, samples)
-            requests.extend(samples)
-        return requests
+        made = [
+            frontend.make_samples(prompt, params, str(next(self._request_numbers)))
+            for prompt, params in zip(prompts, params_of_prompt, strict=True)
+        ]
+        arrived: SimpleQueue[list[OutputDelta] | MoeRuntimeError] = SimpleQueue()
+        open_ids: set[str] = set()
+        try:
+            for prompt, samples in made:
+                ledger.add(samples[0].request_id, prompt.text, samples)
+                open_ids.add(samples[0].request_id)
+                frontend.submit(samples, arrived.put)
+            yield from _until_all_ended(arrived, open_ids, {s[0].request_id: len(s) for _, s in made})
+        finally:  # the caller left, or an error ended the batch: nobody waits for the rest
+            for request_id in open_ids:
+                frontend.client.abort(request_id)
 
     def _params_for(
         self, num_prompts: int, sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -252,13 +224,23 @@ class LLM:
             )
         return sampling_params
 
-    def _find_eos_token_ids(self) -> tuple[int, ...]:
-        """The generation config's ids, or the model config's where it has none, and the tokenizer's own."""
-        configured = self.files.generation_config.get("eos_token_id", self.files.config.get("eos_token_id"))
-        ids = [] if configured is None else configured if isinstance(configured, list) else [configured]
-        if self._tokenizer is not None and self._tokenizer.eos_token_id is not None:
-            ids = [*ids, self._tokenizer.eos_token_id]
-        return tuple(dict.fromkeys(ids))
+
+def _until_all_ended(
+    arrived: SimpleQueue[list[OutputDelta] | MoeRuntimeError],
+    open_ids: set[str],
+    open_samples: dict[str, int],
+) -> Iterator[OutputDelta]:
+    """Pieces as they arrive; takes each request out of `open_ids` when its last sample has ended."""
+    while open_ids:
+        item = arrived.get()
+        if isinstance(item, MoeRuntimeError):
+            raise item
+        for delta in item:
+            if delta.finish_reason is not None:
+                open_samples[delta.request_id] -= 1
+                if not open_samples[delta.request_id]:
+                    open_ids.discard(delta.request_id)
+            yield delta
 
 
 def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> Sequence[PromptInput]:

@@ -8,7 +8,6 @@ from types import TracebackType
 from tqdm import tqdm
 
 from moe_runtime.modelfiles import ModelFiles
-from moe_runtime.outputs import Ledger
 from moe_runtime.request import OutputDelta, RequestOutput
 
 
@@ -44,17 +43,18 @@ class LoadProgress(_Bar):
 class RequestProgress(_Bar):
     """Requests finished, with prompt and output tokens per second."""
 
-    def __init__(self, ledger: Ledger, *, disable: bool) -> None:
+    def __init__(self, *, disable: bool) -> None:
         self._prompt_tokens = 0
         self._output_tokens = 0
-        super().__init__(tqdm(total=len(ledger), unit="request", desc="Generating", disable=disable))
+        super().__init__(tqdm(unit="request", desc="Generating", disable=disable))
 
     def __enter__(self) -> RequestProgress:
         return self
 
-    def update(self, delta: OutputDelta, finished: RequestOutput | None) -> None:
-        """Count a delivered piece, and the request if it was its last."""
+    def update(self, num_requests: int, delta: OutputDelta, finished: RequestOutput | None) -> None:
+        """Count a delivered piece, and the request if it was its last; `num_requests` are there in all."""
         self._output_tokens += len(delta.new_token_ids)
+        self._bar.total = num_requests
         if finished is None or self._bar.disable:
             return
         self._prompt_tokens += len(finished.prompt_token_ids)

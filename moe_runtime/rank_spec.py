@@ -15,6 +15,7 @@ class RankSpec:
     """What a rank is told when it is created; made by the engine."""
 
     rank: int
+    generation: int  # of the deployment, counted up each time its ranks are joined anew
     config: EngineConfig  # `device` resolved to cpu or cuda
     model_files: ModelFiles
     target: ModelTarget
@@ -39,3 +40,13 @@ class RankReport:
     cache_tokens: int  # tokens whose keys and values fit
     max_model_len: int
     threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStats:
+    """What a rank has done since it began to serve, and what it holds now."""
+
+    rank: int
+    num_running: int
+    num_waiting: int
+    loop: dict[str, float]  # LoopStats by name

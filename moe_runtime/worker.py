@@ -1,14 +1,14 @@
 """RankWorker: what runs inside a rank's actor. A thin shell around scheduler, runner and collectives.
 
 Life: `__init__` asks the device what it is; `where`, `host_store` and `join` bring the ranks together; `load`
-reads this rank's weights and makes its caches; `generate` serves; Ray ends it.
+reads this rank's weights and makes its caches; `open_server` and `serve` serve until `stop`, or until Ray ends it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 
 import ray
@@ -22,19 +22,19 @@ from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.pool import allocate
 from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.delivery import Delivery
+from moe_runtime.errors import ConfigError
 from moe_runtime.memory import plan_rank_caches
 from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
-from moe_runtime.rank_spec import RankReport, RankSpec
-from moe_runtime.request import EngineRequest, OutputDelta
+from moe_runtime.rank_spec import RankReport, RankSpec, RankStats
 from moe_runtime.runner import Runner
 from moe_runtime.scheduler import Scheduler, SchedulerConfig
+from moe_runtime.step_loop import StepLoop
 from moe_runtime.tokenizer import find_tokenizer
+from moe_runtime.transport.mailbox import Mailbox
+from moe_runtime.transport.rank_server import RankServer
 
 logger = logging.getLogger(__name__)
-
-# Pieces of output are gathered for this long before they travel: a Ray call costs about a millisecond.
-_DELIVERY_INTERVAL_S = 0.02
 
 
 class RankWorker:
@@ -43,13 +43,14 @@ class RankWorker:
     def __init__(self, spec: RankSpec) -> None:
         self._spec = spec
         self._config = spec.config
+        self._node_ip = ray.util.get_node_ip_address()
+        if spec.config.device == "cuda":
+            _require_cuda(f"rank {spec.rank} on node {self._node_ip}")
         self._profile = DeviceProfile.query(spec.config.device)
         self._device = torch.device(spec.config.device)
-        self._node_ip = ray.util.get_node_ip_address()
         self._threads = spec.config.threads_per_rank or max(1, _node_cores() // spec.ranks_on_node)
         torch.set_num_threads(self._threads)
         self._groups: ProcessGroups | None = None
-        self._aborting = False
 
     # ------------------------------------------------------------------------- coming together
 
@@ -98,6 +99,7 @@ class RankWorker:
             vocab_size=facts.vocab_size,
         )
         self._tokenizer = find_tokenizer(spec.model_files)
+        self._scheduler = self._new_scheduler()
         self._load = ExpertLoad(len(facts.moe_layers), len(experts), self._device)
         self._dispatchers, self._dispatcher_reason = make_dispatchers(
             config.dispatcher, self._groups, spec.placement, facts.num_experts_per_tok, self._device
@@ -105,12 +107,11 @@ class RankWorker:
 
     def report(self) -> RankReport:
         """What this rank is and has, once it is loaded."""
-        gpu_ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return RankReport(
             rank=self._spec.rank,
             node_ip=self._node_ip,
             pid=os.getpid(),
-            gpu_ids=tuple(gpu_ids) if self._device.type == "cuda" else (),
+            gpu_ids=_gpu_ids() if self._device.type == "cuda" else (),
             device=self._profile.name,
             kernel_plan=tuple(self._plan.describe().splitlines()),
             dispatcher=self._dispatcher_reason,
@@ -124,37 +125,54 @@ class RankWorker:
 
     # ------------------------------------------------------------------------- serving
 
-    def generate(self, requests: Sequence[EngineRequest]) -> Iterator[list[OutputDelta]]:
-        """Serve this rank's share of a batch; yields pieces of output. All ranks run this together.
+    def open_server(self, key: bytes) -> tuple[str, int]:
+        """Listen for drivers and peers that know `key`; returns the address."""
+        self._mailbox = Mailbox(self._spec.generation)
+        self._server = RankServer(self._node_ip, key, self._mailbox)
+        return self._server.address
 
-        A rank that has no work takes part in every step of the others with no tokens.
+    def serve(self, peer_addresses: Sequence[tuple[str, int]]) -> None:
+        """Run steps with all the other ranks until one is told to stop.
+
+        Args:
+            peer_addresses: of the other ranks' servers.
         """
-        self._aborting = False
-        scheduler = self._new_scheduler()
-        delivery = Delivery(self._tokenizer)
-        for request in requests:
-            delivery.open(scheduler.add(request))
-        next_delivery = 0.0
-        while True:
-            step = scheduler.schedule()
-            agreed = self._agree([step.num_tokens, scheduler.has_work, self._aborting])
-            if any(aborting for _, _, aborting in agreed) or not any(work for _, work, _ in agreed):
-                break
-            dispatcher = self._load.watch(
-                self._dispatchers.for_step(tuple(tokens for tokens, _, _ in agreed))
-            )
-            result = self._runner.run(step, dispatcher)
-            scheduler.update(step, result.token_ids)
-            delivery.take(scheduler, step, result)
-            if (now := time.monotonic()) >= next_delivery and (deltas := delivery.drain()):
-                yield deltas
-                next_delivery = now + _DELIVERY_INTERVAL_S
-        if deltas := delivery.drain():
-            yield deltas
+        torch.set_num_threads(self._threads)
+        self._server.connect_peers(peer_addresses)
+        self._loop = StepLoop(
+            scheduler=self._scheduler,
+            runner=self._runner,
+            delivery=Delivery(self._tokenizer),
+            mailbox=self._mailbox,
+            server=self._server,
+            agree=self._agree,
+            dispatcher_for_step=lambda counts: self._load.watch(self._dispatchers.for_step(counts)),
+            generation=self._spec.generation,
+        )
+        try:
+            self._loop.run()
+        finally:
+            self._server.close()
 
-    def abort_all(self) -> None:
-        """Have every rank leave `generate` after the step that it is in; runs beside it."""
-        self._aborting = True
+    # ------------------------------------------------------------------------- beside the loop
+
+    def stop(self) -> None:
+        """Have every rank leave `serve` at its next agreement."""
+        self._mailbox.stop()
+
+    def pause(self, paused: bool) -> None:
+        """Keep work back until it is taken back; all ranks are told the same."""
+        self._mailbox.pause(paused)
+
+    def stats(self) -> RankStats:
+        """What this rank has done and holds now."""
+        scheduler, loop = self._scheduler, self._loop.stats
+        return RankStats(
+            rank=self._spec.rank,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            loop=dataclasses.asdict(loop),
+        )
 
     def expert_load(self) -> list[list[int]]:
         """Tokens that each local expert of each MoE layer computed so far."""
@@ -175,6 +193,22 @@ class RankWorker:
             BlockAllocator(plan.num_blocks, plan.block_size),
             SlotAllocator(plan.num_slots),
         )
+
+
+def _require_cuda(who: str) -> None:
+    """Raise ConfigError if this process, to which Ray gave a GPU, cannot use it."""
+    if torch.cuda.is_available():
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    raise ConfigError(
+        f"{who} was given GPU {', '.join(_gpu_ids())} by Ray, but its torch {torch.__version__} (built with "
+        f"{build}) sees no CUDA device; install a CUDA build of torch and its driver there, or use device='cpu'"
+    )
+
+
+def _gpu_ids() -> tuple[str, ...]:
+    """Ids of the GPUs that Ray gave to this actor."""
+    return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
 
 def _node_cores() -> int:

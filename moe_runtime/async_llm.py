@@ -1,0 +1,157 @@
+"""AsyncLLM: many requests at once from asyncio, in vLLM's names."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from moe_runtime.config import EngineConfig
+from moe_runtime.errors import ConfigError, MoeRuntimeError
+from moe_runtime.frontend import Frontend
+from moe_runtime.outputs import Ledger
+from moe_runtime.rank_spec import RankReport, RankStats
+from moe_runtime.request import OutputDelta, PromptInput, RequestOutput, SamplingParams
+from moe_runtime.tokenizer import Tokenizer
+
+
+class AsyncLLM:
+    """A deployment that many coroutines use. Made by `start` or `connect`, ended by `shutdown`."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+        self._request_ids: dict[str, str] = {}  # the caller's id of each request in flight -> the ranks'
+
+    @classmethod
+    async def start(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        revision: str | None = None,
+        model_class: str | type | None = None,
+        name: str | None = None,
+        use_tqdm: bool = False,
+        **engine_args: Any,
+    ) -> AsyncLLM:
+        """Like `LLM(...)`, without blocking the event loop; the same arguments and errors."""
+        config = EngineConfig.from_kwargs(engine_args)
+
+        def start() -> Frontend:
+            return Frontend.start(
+                model,
+                config=config,
+                revision=revision,
+                model_class=model_class,
+                name=name,
+                use_tqdm=use_tqdm,
+            )
+
+        return cls(await asyncio.to_thread(start))
+
+    @classmethod
+    async def connect(cls, name: str) -> AsyncLLM:
+        """Attach to the running deployment named `name`; ConfigError if there is none."""
+        return cls(await asyncio.to_thread(Frontend.attach, name))
+
+    async def generate(
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Continue one prompt; yields the whole output so far each time that it has grown.
+
+        Leaving the iteration, or cancelling the task, aborts the request.
+
+        Args:
+            request_id: the caller's own name for it, for `abort`; must not be in use.
+            priority: lower ones run first, where the deployment's policy is "priority".
+
+        Raises:
+            PromptError, ConfigError: the prompt or the parameters cannot be served.
+            EngineDeadError, RankFailedError: the deployment has ended.
+        """
+        ledger = Ledger()
+        async for delta in self.stream(prompt, sampling_params, request_id, priority=priority, ledger=ledger):
+            ledger.apply(delta)
+            (output,) = ledger.outputs()
+            yield output
+
+    async def stream(
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        ledger: Ledger | None = None,
+    ) -> AsyncIterator[OutputDelta]:
+        """Like `generate`, but yields only what is new, once a step and sample."""
+        request_id = request_id or uuid.uuid4().hex
+        if request_id in self._request_ids:
+            raise ConfigError(f"request_id {request_id!r} is in flight already; give each request its own")
+        params = sampling_params or self._frontend.default_sampling_params
+        checked, samples = self._frontend.make_samples(prompt, params, request_id, priority)
+        internal_id = samples[0].request_id
+        if ledger is not None:
+            ledger.add(internal_id, checked.text, samples)
+
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[list[OutputDelta] | MoeRuntimeError] = asyncio.Queue()
+        num_open = len(samples)
+        self._request_ids[request_id] = internal_id
+        try:
+            self._frontend.submit(
+                samples, lambda item: loop.call_soon_threadsafe(arrived.put_nowait, item)
+            )
+            while num_open:
+                item = await arrived.get()
+                if isinstance(item, MoeRuntimeError):
+                    num_open = 0
+                    raise item
+                num_open -= sum(delta.finish_reason is not None for delta in item)
+                for delta in item:
+                    yield delta
+        finally:
+            del self._request_ids[request_id]
+            if num_open:
+                self._frontend.client.abort(internal_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its `generate` ends with finish reason "abort". An id not in flight is ignored."""
+        internal_id = self._request_ids.get(request_id)
+        if internal_id is not None:
+            self._frontend.client.abort(internal_id)
+
+    async def check_health(self) -> None:
+        """Raises RankFailedError or EngineDeadError unless every rank answers."""
+        self._frontend.raise_if_closed()
+        await asyncio.to_thread(self._frontend.deployment.check_health)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether none of this driver's requests is in flight."""
+        return self._frontend.client.num_in_flight == 0
+
+    async def stats(self) -> list[RankStats]:
+        """What each rank has done and holds now."""
+        self._frontend.raise_if_closed()
+        return await asyncio.to_thread(self._frontend.deployment.stats)
+
+    @property
+    def ranks(self) -> list[RankReport]:
+        """Each rank's node, device, kernel plan, memory."""
+        return list(self._frontend.deployment.connection.reports)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer; PromptError if it has none."""
+        return self._frontend.tokenizer
+
+    async def shutdown(self) -> None:
+        """End the deployment, or leave it if it is a named one. Safe to call again."""
+        await asyncio.to_thread(self._frontend.close)

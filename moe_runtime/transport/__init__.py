@@ -1,0 +1,1 @@
+"""Sockets between drivers and ranks: requests in, tokens out, with no Ray call on the way."""
