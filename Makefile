@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 MODEL ?=
 EXPERT_PARALLEL_SIZE ?= 2
 
+# Two targets asked for at once share the virtual environment.
+.NOTPARALLEL:
 .PHONY: demo test test-slow test-gpu lint clean
 
 demo: $(VENV)/.run-installed
@@ -28,15 +30,24 @@ lint: $(VENV)/.test-installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; \
-		sys.exit(None if v >= (3, 11) else f"moe_runtime needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; pass PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+# A stamp is touched when its step is complete, so a step that failed or was interrupted is done again.
+# No newer syntax than Python 2's in the check: an old Python has to be able to say that it is too old.
+CHECK_PYTHON := import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	"moe_runtime needs Python 3.11 or newer, $(PYTHON) is %d.%d; pass PYTHON=python3.11" % v[:2])
 
-$(VENV)/.run-installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+# An environment whose pip runs is kept, whoever made it; any other is half made, and made anew.
+$(VENV)/.created:
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		$(PYTHON) -c '$(CHECK_PYTHON)' && echo "making $(VENV)" && $(PYTHON) -m venv --clear $(VENV); }
 	@touch $@
 
-$(VENV)/.test-installed: $(VENV)/.run-installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+$(VENV)/.run-installed: pyproject.toml | $(VENV)/.created
+	@echo "installing moe_runtime into $(VENV) (some minutes where torch and Ray have to be downloaded)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
+
+# What the tests need includes what running needs.
+$(VENV)/.test-installed: pyproject.toml | $(VENV)/.created
+	@echo "installing moe_runtime and its tests' needs into $(VENV) (some minutes where torch and Ray have to be downloaded)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(VENV)/.run-installed $@

@@ -15,14 +15,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+# The functions that ask a device, or make the libraries below them do so.
 _TOUCHES = {
     "torch.cuda": """
         _lazy_init init get_device_properties get_device_name get_device_capability current_device set_device
-        current_stream synchronize mem_get_info memory_allocated get_arch_list
-    """.split(),
-    "torch.accelerator": "current_device_index set_device_index current_stream synchronize".split(),
-    "torch._C": "_cuda_init _cuda_getDevice _cuda_setDevice _cuda_getDeviceCount".split(),
-    "triton.runtime.driver": ["_create_driver"],
+        current_stream synchronize mem_get_info memory_allocated
+    """,
+    "torch.accelerator": "current_device_index set_device_index current_stream synchronize",
+    "torch._C": "_cuda_init _cuda_getDevice _cuda_setDevice _cuda_getDeviceCount",
+    "triton.runtime.driver": "_create_driver",
 }
 # Legitimate for a library to ask at import; our modules have no use for the answer there.
 _QUESTIONS: dict[str, dict[str, Any]] = {
@@ -49,7 +50,7 @@ class Trap:
     def install(self) -> None:
         for module_name, names in _TOUCHES.items():
             module = importlib.import_module(module_name)
-            for name in names:
+            for name in names.split():
                 if hasattr(module, name):  # a build without CUDA lacks the functions of torch._C
                     setattr(module, name, self._touch(f"{module_name}.{name}"))
         for module_name, answers in _QUESTIONS.items():
@@ -59,7 +60,8 @@ class Trap:
         sys.addaudithook(self._audit)
 
     def _is_own(self, file: str) -> bool:
-        return os.path.realpath(file).startswith(self._own)
+        # The environment may lie inside our own tree.
+        return os.path.realpath(file).startswith(self._own) and not file.startswith(sys.prefix + os.sep)
 
     def _touch(self, what: str) -> Callable[..., Any]:
         def touch(*args: object, **kwargs: object) -> None:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"moe_kernels": ROOT / "kernels", "moe_models": ROOT / "models", "moe_runtime": ROOT}
-PACKAGE_FOLDERS = [ROOT, ROOT / "kernels", ROOT / "models"]
+# Folder that has to be on Python's path for each package, relative to the root.
+PACKAGES = {"moe_kernels": "kernels", "moe_models": "models", "moe_runtime": "."}
 
 
-def find_modules() -> dict[str, Path]:
-    """File of every module of the three packages, by the module's dotted name."""
+def package_folders(root: Path = ROOT) -> list[Path]:
+    """What has to be on Python's path to import from the source tree at `root`."""
+    return [root / folder for folder in PACKAGES.values()]
+
+
+def find_modules(root: Path = ROOT) -> dict[str, Path]:
+    """File of every module of the three packages in the source tree at `root`, by the module's dotted name."""
     return {
-        module_name(file.relative_to(folder)): file
-        for package, folder in PACKAGES.items()
-        for file in _source_files(folder / package)
+        _module_name(file.relative_to(folder)): file
+        for package, folder in zip(PACKAGES, package_folders(root), strict=True)
+        for file in (folder / package).rglob("*.py")
     }
 
 
-def module_name(file: Path) -> str:
-    """`moe_runtime/cache/__init__.py` is `moe_runtime.cache`; paths are relative to the folder on the path."""
+def _module_name(file: Path) -> str:
     parts = file.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _source_files(package: Path) -> Iterator[Path]:
-    assert (package / "__init__.py").is_file(), package
-    return package.rglob("*.py")

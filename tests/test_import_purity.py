@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source_tree import PACKAGE_FOLDERS, ROOT, find_modules
+from tests.source_tree import ROOT, find_modules, package_folders
 
 TOUCHES = {
     "reads_properties": "import torch\ntorch.cuda.get_device_properties(0)",
@@ -45,19 +45,25 @@ def test_no_module_touches_an_accelerator_when_imported(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     env = {} if visible_devices is None else {"CUDA_VISIBLE_DEVICES": visible_devices}
 
-    assert _touches(sorted(find_modules()), PACKAGE_FOLDERS, **env) == {}
+    assert _touches(sorted(find_modules()), package_folders(), **env) == {}
 
 
 def test_every_kind_of_touch_is_found_with_its_module_and_line(tmp_path: Path) -> None:
+    ours, library = tmp_path / "ours", tmp_path / "library"
+    ours.mkdir()
+    library.mkdir()
     for name, source in TOUCHES.items():
-        (tmp_path / f"{name}.py").write_text(source + "\n")
-    (tmp_path / "innocent.py").write_text("import torch\nx = torch.zeros(1)\n")
+        (ours / f"{name}.py").write_text(source + "\n")
+    (library / "asking_library.py").write_text("import torch\nassert not torch.cuda.is_available()\n")
+    (ours / "innocent.py").write_text(
+        f"import sys\nsys.path.append({str(library)!r})\nimport asking_library\n"
+    )
 
-    found = _touches([*TOUCHES, "innocent"], [tmp_path])
+    found = _touches([*TOUCHES, "innocent"], [ours])
 
     assert set(found) == set(TOUCHES)
     for name, touches in found.items():
-        assert any(f"{tmp_path / name}.py:" in touch for touch in touches), touches
+        assert any(f"({ours / name}.py:" in touch for touch in touches), touches
 
 
 @pytest.mark.parametrize(
@@ -65,10 +71,16 @@ def test_every_kind_of_touch_is_found_with_its_module_and_line(tmp_path: Path) -
     [
         ("import moe_runtime", "ray rich torch transformers triton"),
         ("import moe_runtime.cli.main", "ray torch transformers triton huggingface_hub"),
-        ("from moe_runtime import LLM, SamplingParams, inspect_model", "torch transformers triton huggingface_hub"),
+        (
+            "from moe_runtime import LLM, SamplingParams, inspect_model",
+            "torch transformers triton huggingface_hub",
+        ),
         ("import moe_runtime.engine", "torch transformers triton huggingface_hub"),
         *(
-            (f"from moe_runtime.cli.main import build_parser as b; b().parse_args({args!r})", "ray torch transformers triton")
+            (
+                f"from moe_runtime.cli.main import build_parser as b; b().parse_args({args!r})",
+                "ray torch transformers triton",
+            )
             for args in (["--help"], ["generate", "--help"], ["inspect", "--help"], ["--version"])
         ),
     ],
@@ -76,13 +88,16 @@ def test_every_kind_of_touch_is_found_with_its_module_and_line(tmp_path: Path) -
 def test_the_driver_imports_nothing_heavy_before_it_runs(statement: str, forbidden: str) -> None:
     program = (
         "import contextlib, io, sys\n"
-        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
-        f"    {statement}\n"
+        "try:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()):\n"
+        f"        {statement}\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
         "print(*sorted(set(sys.modules) & set(sys.argv[1:])))\n"
     )
     process = subprocess.run(
         [sys.executable, "-c", program, *forbidden.split()],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PACKAGE_FOLDERS))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, package_folders()))},
         capture_output=True,
         text=True,
         timeout=60,
