@@ -102,12 +102,14 @@ class AsyncLLM:
 
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[list[OutputDelta] | MoeRuntimeError] = asyncio.Queue()
+
+        def sink(item: list[OutputDelta] | MoeRuntimeError) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+
         num_open = len(samples)
         self._request_ids[request_id] = internal_id
         try:
-            self._frontend.submit(
-                samples, lambda item: loop.call_soon_threadsafe(arrived.put_nowait, item)
-            )
+            self._frontend.submit(samples, sink)
             while num_open:
                 item = await arrived.get()
                 if isinstance(item, MoeRuntimeError):

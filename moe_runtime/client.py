@@ -57,7 +57,9 @@ class EngineClient:
             self._close_channels()
             raise
         for rank, channel in enumerate(self._channels):
-            threading.Thread(target=self._read, args=(rank, channel), name=f"rank-{rank}", daemon=True).start()
+            threading.Thread(
+                target=self._read, args=(rank, channel), name=f"rank-{rank}", daemon=True
+            ).start()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from moe_runtime.deployment import Deployment, Plan
 from moe_runtime.engine import Connection, Engine
@@ -162,10 +163,9 @@ def stop_deployment(name: str) -> None:
 
 
 def _end(owner: Any) -> None:
-    try:
+    # If it does not answer it is killed all the same, and Ray ends the actors and the group that it owns.
+    with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
         ray.get(owner.stop.remote(), timeout=10)
-    except (RayActorError, RayTaskError, ray.exceptions.GetTimeoutError):
-        pass  # it is killed all the same, and Ray ends the actors and the placement group that it owns
     ray.kill(owner)
 
 
@@ -174,7 +174,7 @@ def _report_progress(owner: Any, started: Any, on_loaded_bytes: Callable[[int], 
     while not ray.wait([started], timeout=_PROGRESS_INTERVAL_S)[0]:
         try:
             loaded = ray.get(owner.loaded_bytes.remote(), timeout=1)
-        except (RayActorError, ray.exceptions.GetTimeoutError):
+        except (RayActorError, GetTimeoutError):
             time.sleep(_PROGRESS_INTERVAL_S)
             continue
         if on_loaded_bytes:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moe_models.interfaces import TokenDispatcher
-
 from moe_runtime.delivery import Delivery
 from moe_runtime.errors import MoeRuntimeError
 from moe_runtime.runner import StepResult

@@ -20,6 +20,8 @@ LAYERS = [
     "moe_runtime.errors",
     "moe_runtime.config moe_runtime.sampling_params moe_runtime.modelfiles",
     "moe_runtime.request",
+    # sockets between drivers and ranks
+    "moe_runtime.transport",
     # Ray itself: starting it, what the cluster has, placement groups
     "moe_runtime.cluster",
     # which class serves a model, and what it says of itself
@@ -36,13 +38,18 @@ LAYERS = [
     "moe_runtime.scheduler",
     "moe_runtime.batching moe_runtime.runner",
     "moe_runtime.building moe_runtime.delivery moe_runtime.memory moe_runtime.rank_spec",
+    "moe_runtime.step_loop",
     "moe_runtime.worker",
     # the driver: all ranks at once, and what the user sees of them
-    "moe_runtime.ranks",
+    "moe_runtime.ranks moe_runtime.routing",
+    "moe_runtime.client",
     "moe_runtime.engine",
+    "moe_runtime.deployment",
+    "moe_runtime.named",
     "moe_runtime.outputs moe_runtime.progress",
+    "moe_runtime.frontend",
     # the faces
-    "moe_runtime.llm",
+    "moe_runtime.llm moe_runtime.async_llm",
     "moe_runtime.cli",
     "moe_runtime.__main__",
 ]

@@ -68,7 +68,9 @@ class Channel:
                 step(duplicate, key)
         except (OSError, EOFError, mp.AuthenticationError, AssertionError) as error:
             duplicate.close()
-            raise ChannelError(f"the peer did not prove that it knows the deployment's key: {error}") from error
+            raise ChannelError(
+                f"the peer did not prove that it knows the deployment's key: {error}"
+            ) from error
         finally:
             timer.cancel()
             connected.close()

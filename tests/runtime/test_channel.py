@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from moe_runtime.errors import ChannelError
 from moe_runtime.request import EngineRequest, Logprob, OutputDelta, SamplingParams
 from moe_runtime.transport import channel as channel_module
@@ -79,7 +80,9 @@ def test_a_peer_without_the_key_is_refused_on_both_sides(listener: socket.socket
     assert isinstance(results[0], ChannelError)
 
 
-def test_a_peer_that_says_nothing_is_dropped(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_says_nothing_is_dropped(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(channel_module, "_HANDSHAKE_S", 0.2)
     results: list[Channel | ChannelError] = []
     thread = _accept(listener, results)
@@ -91,7 +94,7 @@ def test_a_peer_that_says_nothing_is_dropped(listener: socket.socket, monkeypatc
 def test_nobody_listening_is_a_clear_error(listener: socket.socket) -> None:
     address = listener.getsockname()
     listener.close()
-    with pytest.raises(ChannelError, match="cannot connect to 127.0.0.1:"):
+    with pytest.raises(ChannelError, match=r"cannot connect to 127\.0\.0\.1:"):
         Channel.connect(address, KEY)
 
 
@@ -111,7 +114,12 @@ def test_close_ends_a_reader_of_either_side(listener: socket.socket) -> None:
 def test_requests_and_deltas_survive_the_wire() -> None:
     params = SamplingParams(stop=["a", "b"], stop_token_ids=[3], logit_bias={5: 1.5}, n=2, seed=3)
     request = EngineRequest(
-        request_id="r", sample_index=1, prompt_token_ids=(1, 2), params=params, seed=2**63 - 1, eos_token_ids=(9,)
+        request_id="r",
+        sample_index=1,
+        prompt_token_ids=(1, 2),
+        params=params,
+        seed=2**63 - 1,
+        eos_token_ids=(9,),
     )
     submitted = wire.decode_to_rank(wire.encode(wire.Submit.of([request])))
     assert isinstance(submitted, wire.Submit)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+
 from moe_runtime.request import EngineRequest, SamplingParams
 from moe_runtime.transport.mailbox import Mailbox
 
@@ -160,7 +161,9 @@ class _Ranks:
 def _finish(ranks: _Ranks, expected: int) -> None:
     deadline = time.monotonic() + 20
     while len(ranks.done) < expected:
-        assert time.monotonic() < deadline, f"{len(ranks.done)} of {expected} requests done: a wake-up was lost"
+        assert time.monotonic() < deadline, (
+            f"{len(ranks.done)} of {expected} requests done: a wake-up was lost"
+        )
         assert all(thread.is_alive() for thread in ranks.threads), "a rank was left alone in an agreement"
         time.sleep(0.001)
     for mailbox in ranks.mailboxes:
@@ -169,14 +172,18 @@ def _finish(ranks: _Ranks, expected: int) -> None:
         assert _ended(thread)
 
 
-@pytest.mark.parametrize("point", ["before mail", "before agreement", "after agreement", "before wake", "between wakes"])
+@pytest.mark.parametrize(
+    "point", ["before mail", "before agreement", "after agreement", "before wake", "between wakes"]
+)
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_work_that_arrives_at_any_point_of_any_rank_is_done(point: str, slow_rank: int) -> None:
     """One rank stands still at `point` while mail arrives at itself, at the other rank, or at both."""
     for receivers in ([0], [1], [0, 1]):
         reached, go_on = threading.Event(), threading.Event()
 
-        def pause_at(rank: int, where: str, reached: threading.Event = reached, go_on: threading.Event = go_on) -> None:
+        def pause_at(
+            rank: int, where: str, reached: threading.Event = reached, go_on: threading.Event = go_on
+        ) -> None:
             if (rank, where) == (slow_rank, point) and not go_on.is_set():
                 reached.set()
                 assert go_on.wait(10)

@@ -38,6 +38,11 @@ def test_a_class_of_the_drivers_script_is_shipped_by_value(tmp_path: Path) -> No
     script = tmp_path / "driver.py"
     script.write_text(_SCRIPT)
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=dict(os.environ), check=False
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=dict(os.environ),
+        check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "by value"), done.stderr

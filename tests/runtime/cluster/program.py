@@ -25,7 +25,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 class Program:
     """A Python script that runs as a terminal would run it: in a process group of its own."""
 
-    def __init__(self, directory: Path, argv: Sequence[str | Path], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, argv: Sequence[str | Path], env: dict[str, str] | None = None
+    ) -> None:
         self._mark = f"{_MARK}={uuid.uuid4().hex}"
         self._shared_memory_before = _shared_memory_files()
         self._stdout, self._stderr = directory / "stdout", directory / "stderr"
