@@ -80,7 +80,7 @@ def _rank_main(rank: int, workload: Workload, folder: str) -> None:
         dtype=torch.bfloat16,
     )
     makers = {kind: make_dispatchers(kind, groups, placement, capacity, cpu)[0] for kind in KINDS}
-    results = []
+    results: list[Result] = []
 
     def note(what: str, medians: dict[str, float]) -> None:
         results.extend(

@@ -14,11 +14,8 @@ _SOURCE = Path(__file__).parent / "native" / "host_link.c"
 # The C enumerations of the same names.
 MAX_RANKS = 64
 MAX_VALUES = 32
-DONE, STOPPED, PEER_LEFT, BAD_EXPERT = range(4)
+DONE, WAITING, PEER_LEFT, BAD_EXPERT = range(4)
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
-
-# Called after each slice of sleep; a result other than 0 ends the wait.
-OnSlice = ctypes.CFUNCTYPE(c_int)
 
 
 class Buffers(ctypes.Structure):
@@ -51,7 +48,7 @@ class Step(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "moe_control_bytes": ([], c_int64),
-    "moe_link_new": ([c_void_p, c_int32, c_int32, c_int64, c_int64, OnSlice], c_void_p),
+    "moe_link_new": ([c_void_p, c_int32, c_int32, c_int64, c_int64], c_void_p),
     "moe_link_free": ([c_void_p], None),
     "moe_leave": ([c_void_p], None),
     "moe_is_behind": ([c_void_p, c_int32], c_int),

@@ -49,18 +49,15 @@ class HostLink:
         self._file = file
         self._peers = tuple(peers)
         self._timeout_s = timeout_s
-        self._deadline = 0.0  # of the wait in progress; 0 before its first slice has passed
-        self._failure: BaseException | None = None
+        self._lost: str | None = None  # the failure after which no peer can be waited for
         self._control = mmap.mmap(file, _control_bytes())
         self._control_address = ctypes.c_char.from_buffer(self._control)
-        self._on_slice = host_library.OnSlice(self._after_slice)
         self._link: int | None = self.library.moe_link_new(
             ctypes.addressof(self._control_address),
             rank,
             size,
             int(spin_s * 1e9),
             int(_SLICE_S * 1e9),
-            self._on_slice,
         )
         assert self._link is not None, "out of memory"
 
@@ -109,20 +106,28 @@ class HostLink:
         return [everyone[start : start + count] for start in range(0, count * self.size, count)]
 
     def run(self, what: str, function: Callable[..., int], *args: Any) -> None:
-        """Call a function of the library that waits for peers.
+        """Call a function of the library that waits for peers. After a failure every later call fails.
 
         Raises:
             PeerLostError: a peer died, left, or was silent for too long.
         """
-        self._deadline = 0.0
+        if self._lost is not None:
+            raise PeerLostError(f"{what} failed: {self._lost}")
         state = function(self._link, *args)
         if state == host_library.DONE:
             return
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-        assert state == host_library.PEER_LEFT, f"{what} ended in state {state}"
-        raise PeerLostError(f"{what} failed: {self._name(self.library.moe_who_left(self._link))} has left")
+        deadline = time.monotonic() + self._timeout_s - _SLICE_S
+        try:
+            while state == host_library.WAITING:
+                self._check_peers(deadline)
+                state = function(self._link, *args)
+            if state == host_library.PEER_LEFT:
+                self._check_peers(deadline)  # one that left may have seen another die
+                raise PeerLostError(f"{self._name(self.library.moe_who_left(self._link))} has left")
+        except BaseException as error:  # KeyboardInterrupt too: the call is half done
+            self._lost = str(error) or type(error).__name__
+            raise
+        assert state == host_library.DONE, f"{what} ended in state {state}"
 
     def map(self, num_bytes: int) -> mmap.mmap:
         """The first `num_bytes` after the control block, which this rank alone uses, as a mapping.
@@ -153,29 +158,18 @@ class HostLink:
         self.library.moe_leave(self._link)
         self.library.moe_link_free(self._link)
         self._link = None
+        self._lost = self._lost or "this rank has left"
         del self._control_address
         self._control.close()
         os.close(self._file)
 
-    # The library calls this between slices of sleep, and when a signal came: 0 goes on waiting. Nothing may be
-    # raised through C, so `run` raises what is kept here.
-    def _after_slice(self) -> int:
-        try:
-            self._check_peers()
-        except BaseException as error:  # KeyboardInterrupt too
-            self._failure = error
-            return 1
-        return 0
-
-    def _check_peers(self) -> None:
+    def _check_peers(self, deadline: float) -> None:
         for rank, peer in enumerate(self._peers):
             if not peer.is_alive():
                 raise PeerLostError(
                     f"{self._name(rank)}, which shares memory with rank {self.rank}, has died"
                 )
-        now = time.monotonic()
-        self._deadline = self._deadline or now + self._timeout_s - _SLICE_S
-        if now >= self._deadline:
+        if time.monotonic() >= deadline:
             behind = [r for r in range(self.size) if self.library.moe_is_behind(self._link, r)]
             names = ", ".join(map(self._name, behind)) or "a peer"
             raise PeerLostError(f"rank {self.rank} waited {self._timeout_s:g} s for {names}")

@@ -10,7 +10,9 @@
  *     next phase that expects it, and is written again two chunks later.
  *   - agreed values (two slots, used in turn): the same, with every rank expected every time.
  *
- * One link belongs to one thread of a process. Only C11 atomics and Linux futexes are used.
+ * A call that would sleep for longer than a slice returns WAITING instead, so that its caller can look after signals
+ * and peers; the same call made again goes on where it stopped. One link belongs to one thread of a process. Only C11
+ * atomics and Linux futexes are used.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -28,7 +30,7 @@
 enum { MAX_RANKS = 64, MAX_VALUES = 32, SUM_BLOCK = 512 };
 
 /* What the calls return; the Python side knows these numbers. */
-enum { DONE = 0, STOPPED = 1, PEER_LEFT = 2, BAD_EXPERT = 3 };
+enum { DONE = 0, WAITING = 1, PEER_LEFT = 2, BAD_EXPERT = 3 };
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -55,10 +57,12 @@ typedef struct {
     control *shared;
     int32_t rank, size;
     int64_t spin_ns, slice_ns;
-    int (*on_slice)(void); /* called after each slice of sleep; not 0 ends the wait */
     uint32_t phase;        /* the phase this rank is in */
     uint32_t target;       /* arrivals that complete it */
     uint32_t agreements, chunks; /* made so far: they choose slot and half */
+    /* Where a call that returned WAITING stopped: */
+    int32_t arrived;     /* it has arrived in the phase and waits for the others */
+    int64_t chunk_start; /* of combine: first token of the chunk it was at */
 } host_link;
 
 /* Set by Python, field by field in this order. */
@@ -136,7 +140,7 @@ static int await_phase(host_link *link, uint32_t phase) {
         atomic_fetch_sub(&sleepers->value, 1);
         if (complete || reached(done, phase)) return DONE;
         if (left) return PEER_LEFT;
-        if (failed && error != EAGAIN && link->on_slice()) return STOPPED; /* timed out, or a signal came */
+        if (failed && error != EAGAIN) return WAITING; /* timed out, or a signal came */
     }
 }
 
@@ -149,17 +153,25 @@ static int begin_phase(host_link *link, uint32_t expected) {
     return DONE;
 }
 
-static void note_phase(host_link *link) {
+static void come_to_phase(host_link *link) {
+    link->arrived = 1;
     atomic_store_explicit(&link->shared->of_rank[link->rank].phase, link->phase, memory_order_relaxed);
 }
 
 static void arrive(host_link *link) {
     control *shared = link->shared;
     uint32_t phase = link->phase;
-    note_phase(link);
+    come_to_phase(link);
     if (atomic_fetch_add(&shared->arrived.value, 1) + 1 != link->target) return;
     atomic_store(&shared->done[phase & 1].value, phase);
     if (atomic_load(&shared->sleepers[phase & 1].value) != 0) wake_all(&shared->done[phase & 1]);
+}
+
+/* Wait for the phase that this rank has come to. */
+static int finish_phase(host_link *link) {
+    int state = await_phase(link, link->phase);
+    if (state == DONE) link->arrived = 0;
+    return state;
 }
 
 /* ------------------------------------------------------------------ sums of rows, in float32 */
@@ -232,12 +244,10 @@ static void sum_rows(void *out, const void *const *rows, int num_rows, int64_t w
 
 int64_t moe_control_bytes(void) { return sizeof(control); }
 
-host_link *moe_link_new(void *shared, int32_t rank, int32_t size, int64_t spin_ns, int64_t slice_ns,
-                        int (*on_slice)(void)) {
+host_link *moe_link_new(void *shared, int32_t rank, int32_t size, int64_t spin_ns, int64_t slice_ns) {
     host_link *link = calloc(1, sizeof *link);
     if (link == NULL) return NULL;
-    *link = (host_link){.shared = shared, .rank = rank, .size = size, .spin_ns = spin_ns, .slice_ns = slice_ns,
-                        .on_slice = on_slice};
+    *link = (host_link){.shared = shared, .rank = rank, .size = size, .spin_ns = spin_ns, .slice_ns = slice_ns};
     return link;
 }
 
@@ -260,12 +270,15 @@ int moe_who_left(const host_link *link) { return left_before(link, link->phase);
 
 /* all[size][num_values]: every rank's `values`. */
 int moe_agree(host_link *link, const int64_t *values, int32_t num_values, int64_t *all) {
-    int state = begin_phase(link, (uint32_t)link->size);
-    if (state != DONE) return state;
-    int64_t(*slot)[MAX_VALUES] = link->shared->agreed[link->agreements++ & 1];
-    memcpy(slot[link->rank], values, (size_t)num_values * sizeof *values);
-    arrive(link);
-    if ((state = await_phase(link, link->phase)) != DONE) return state;
+    int64_t(*slot)[MAX_VALUES] = link->shared->agreed[link->agreements & 1];
+    int state;
+    if (!link->arrived) {
+        if ((state = begin_phase(link, (uint32_t)link->size)) != DONE) return state;
+        memcpy(slot[link->rank], values, (size_t)num_values * sizeof *values);
+        arrive(link);
+    }
+    if ((state = finish_phase(link)) != DONE) return state;
+    link->agreements++;
     for (int r = 0; r < link->size; r++)
         memcpy(all + (int64_t)r * num_values, slot[r], (size_t)num_values * sizeof *values);
     return DONE;
@@ -279,9 +292,9 @@ int moe_dispatch(host_link *link, const buffers *b, const step *s, const void *x
     uint32_t expected = 0; /* only those that have tokens are waited for */
     for (int r = 0; r < link->size; r++) expected += s->counts[r] > 0;
     if (expected == 0) return DONE;
-    int state = begin_phase(link, expected);
-    if (state != DONE) return state;
-    if (count > 0) {
+    int state;
+    if (!link->arrived && (state = begin_phase(link, expected)) != DONE) return state;
+    if (!link->arrived && count > 0) {
         int32_t *mine = b->ids + first * b->top_k;
         for (int64_t i = 0; i < count * b->top_k; i++) {
             if (ids[i] < 0 || ids[i] >= b->num_experts) return BAD_EXPERT;
@@ -290,9 +303,9 @@ int moe_dispatch(host_link *link, const buffers *b, const step *s, const void *x
         memcpy(b->x + first * x_row_bytes, x, (size_t)(count * x_row_bytes));
         memcpy(b->weights + first * weights_row_bytes, weights, (size_t)(count * weights_row_bytes));
         arrive(link);
-    } else
-        note_phase(link);
-    if ((state = await_phase(link, link->phase)) != DONE) return state;
+    } else if (!link->arrived)
+        come_to_phase(link);
+    if ((state = finish_phase(link)) != DONE) return state;
     for (int64_t i = 0; i < s->rows * b->top_k; i++) local_ids[i] = b->local_of_expert[b->ids[i]];
     return DONE;
 }
@@ -310,42 +323,68 @@ static uint64_t ranks_of(const buffers *b, const int64_t *ids) {
     return ranks;
 }
 
+/* A chunk of combine: tokens start..end of every rank, and where their partial sums lie. */
+typedef struct {
+    int64_t start, end, row_bytes;
+    char *half;
+} chunk;
+
+/* Partial sums that `writer` has for the tokens of `reader`. */
+static char *parts_of(const host_link *link, const buffers *b, const chunk *c, int64_t writer, int64_t reader) {
+    return c->half + (writer * link->size + reader) * b->chunk_tokens * c->row_bytes;
+}
+
+static void write_parts(const host_link *link, const buffers *b, const step *s, const chunk *c, const char *y) {
+    for (int64_t r = 0; r < link->size; r++) {
+        char *parts = parts_of(link, b, c, link->rank, r);
+        for (int64_t t = c->start; r != link->rank && t < c->end && t < s->counts[r]; t++) {
+            int64_t row = s->firsts[r] + t;
+            if (lives_here(b, b->ids + row * b->top_k))
+                memcpy(parts + (t - c->start) * c->row_bytes, y + row * c->row_bytes, (size_t)c->row_bytes);
+        }
+    }
+}
+
+static void sum_parts(const host_link *link, const buffers *b, const step *s, const chunk *c, const char *y,
+                      const int64_t *ids, int dtype, char *out) {
+    int64_t me = link->rank;
+    for (int64_t t = c->start; t < c->end && t < s->counts[me]; t++) {
+        uint64_t ranks = ranks_of(b, ids + t * b->top_k);
+        const void *rows[MAX_RANKS];
+        int num_rows = 0;
+        for (int64_t r = 0; r < link->size; r++) {
+            if (!(ranks >> r & 1)) continue;
+            rows[num_rows++] = r == me ? y + (s->firsts[me] + t) * c->row_bytes
+                                       : parts_of(link, b, c, r, me) + (t - c->start) * c->row_bytes;
+        }
+        sum_rows(out + t * c->row_bytes, rows, num_rows, b->hidden, dtype);
+    }
+}
+
 /* out[count][hidden]: for each token of this rank the sum, in rank order, of the partial sums of the ranks that hold
  * some of its experts. y[rows][hidden] are this rank's partial sums of all tokens; ids are what this rank dispatched:
  * those in the mapping may be overwritten once every rank has arrived in the last phase. */
 int moe_combine(host_link *link, const buffers *b, const step *s, const void *y, const int64_t *ids, int32_t dtype,
                 void *out) {
-    int64_t row_bytes = b->hidden * (dtype == FLOAT32 ? 4 : 2), me = link->rank, size = link->size;
-    for (int64_t start = 0; start < s->most; start += b->chunk_tokens) {
-        int64_t end = start + b->chunk_tokens;
-        int state = begin_phase(link, (uint32_t)size);
-        if (state != DONE) return state;
-        int64_t source_bytes = b->chunk_tokens * row_bytes; /* parts of one rank for one rank */
-        char *half = b->parts + (link->chunks++ & 1) * size * size * source_bytes;
-        for (int64_t r = 0; r < size; r++) {
-            char *parts = half + (me * size + r) * source_bytes;
-            for (int64_t t = start; r != me && t < end && t < s->counts[r]; t++) {
-                int64_t row = s->firsts[r] + t;
-                if (lives_here(b, b->ids + row * b->top_k))
-                    memcpy(parts + (t - start) * row_bytes, (const char *)y + row * row_bytes, (size_t)row_bytes);
-            }
+    int64_t row_bytes = b->hidden * (dtype == FLOAT32 ? 4 : 2), me = link->rank;
+    for (; link->chunk_start < s->most; link->chunk_start += b->chunk_tokens) {
+        chunk c = {.start = link->chunk_start, .end = link->chunk_start + b->chunk_tokens, .row_bytes = row_bytes};
+        c.half = b->parts + (link->chunks & 1) * link->size * link->size * b->chunk_tokens * row_bytes;
+        int state;
+        if (!link->arrived) {
+            if ((state = begin_phase(link, (uint32_t)link->size)) != DONE) return state;
+            write_parts(link, b, s, &c, y);
+            arrive(link);
         }
-        arrive(link);
-        if (start >= s->counts[me]) continue; /* nothing to sum: the next phase waits for this one */
-        if ((state = await_phase(link, link->phase)) != DONE) return state;
-        for (int64_t t = start; t < end && t < s->counts[me]; t++) {
-            int64_t row = s->firsts[me] + t;
-            uint64_t ranks = ranks_of(b, ids + t * b->top_k);
-            const void *rows[MAX_RANKS];
-            int num_rows = 0;
-            for (int64_t r = 0; r < size; r++) {
-                if (!(ranks >> r & 1)) continue;
-                rows[num_rows++] = r == me ? (const char *)y + row * row_bytes
-                                           : half + (r * size + me) * source_bytes + (t - start) * row_bytes;
-            }
-            sum_rows((char *)out + t * row_bytes, rows, num_rows, b->hidden, dtype);
-        }
+        if (c.start >= s->counts[me])
+            link->arrived = 0; /* nothing to sum: the next phase waits for this one */
+        else if ((state = finish_phase(link)) != DONE)
+            return state;
+        else
+            sum_parts(link, b, s, &c, y, ids, dtype, out);
+        link->chunks++;
     }
+    link->chunk_start = 0;
     return DONE;
 }
 
