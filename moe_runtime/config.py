@@ -12,7 +12,7 @@ from moe_runtime.errors import ConfigError, did_you_mean, refuse_unknown
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "dispatcher": ("auto", "all_to_all", "all_gather"),
+    "dispatcher": ("auto", "all_to_all", "all_gather", "shared_memory"),
     "placement_strategy": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
 }
 _AT_LEAST_ONE = (

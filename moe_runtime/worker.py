@@ -24,6 +24,7 @@ from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.delivery import Delivery
 from moe_runtime.errors import ConfigError
 from moe_runtime.memory import plan_rank_caches
+from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
 from moe_runtime.rank_spec import RankReport, RankSpec, RankStats
@@ -70,7 +71,13 @@ class RankWorker:
         size, timeout_s = self._spec.placement.num_ranks, self._config.process_group_timeout_s
         store = self._store if self._spec.rank == 0 else connect_store(meeting_point, size, timeout_s)
         self._groups = ProcessGroups.join(
-            store, self._spec.rank, size, self._node_ip, self._device, timeout_s
+            store,
+            self._spec.rank,
+            size,
+            self._node_ip,
+            self._device,
+            timeout_s,
+            same_host=self._spec.ranks_on_node == size,
         )
 
     # ------------------------------------------------------------------------- loading
@@ -101,8 +108,14 @@ class RankWorker:
         self._tokenizer = find_tokenizer(spec.model_files)
         self._scheduler = self._new_scheduler()
         self._load = ExpertLoad(len(facts.moe_layers), len(experts), self._device)
+        capacity = StepCapacity(
+            max_tokens=config.max_num_batched_tokens,
+            hidden_size=facts.hidden_size,
+            top_k=facts.num_experts_per_tok,
+            dtype=self._dtype,
+        )
         self._dispatchers, self._dispatcher_reason = make_dispatchers(
-            config.dispatcher, self._groups, spec.placement, facts.num_experts_per_tok, self._device
+            config.dispatcher, self._groups, spec.placement, capacity, self._device
         )
 
     def report(self) -> RankReport:
