@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import sys
+import threading
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
@@ -27,15 +34,42 @@ def ensure_ray() -> bool:
     """
     if ray.is_initialized():
         return False
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(include_dashboard=False, logging_level="error")
+        _init_ray()
     except ConnectionError:
         # The address that an earlier Ray left behind leads nowhere. An address that the user gave is not ours
         # to overrule.
         if os.environ.get("RAY_ADDRESS"):
             raise
-        ray.init(address="local", include_dashboard=False, logging_level="error")
+        _init_ray(address="local")
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put a handler of its own there, which dumps its stack on SIGTERM.
+        signal.signal(signal.SIGTERM, handler if callable(handler) else _leave)
     return True
+
+
+def _init_ray(**options: str) -> None:
+    """`ray.init` that leaves nothing behind when it is interrupted.
+
+    Ray ends the servers that it has started by then, but not the agents that those have started, which need
+    a minute to notice.
+    """
+    ours = psutil.Process()
+    before = ours.children(recursive=True)
+    try:
+        ray.init(include_dashboard=False, logging_level="error", **options)
+    except BaseException:
+        for process in set(ours.children(recursive=True)).difference(before):
+            with contextlib.suppress(psutil.Error):
+                if "ray" in " ".join(process.cmdline()):
+                    process.kill()
+        raise
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """On SIGTERM: end as on an exception, so that ranks and Ray are ended too."""
+    sys.exit(128 + signum)
 
 
 def resolve_device(device: str) -> str:
@@ -61,16 +95,16 @@ class Placement:
         self.slots = slots
 
     @classmethod
-    def reserve(cls, num_ranks: int, device: str, timeout_s: float) -> Placement:
-        """Reserve the bundles of `num_ranks` ranks.
+    def reserve(cls, num_ranks: int, device: str, timeout_s: float, strategy: str = "PACK") -> Placement:
+        """Reserve the bundles of `num_ranks` ranks by one of Ray's placement strategies.
 
         Raises:
-            PlacementError: the cluster has fewer GPUs than ranks, or they did not come free in time.
+            PlacementError: the cluster has fewer GPUs or nodes than it takes, or they did not come free in
+                time.
         """
         bundle = GPU_RANK_BUNDLE if device == "cuda" else CPU_RANK_BUNDLE
-        if device == "cuda":
-            _check_gpus(num_ranks)
-        group = placement_group([bundle] * num_ranks, strategy="PACK")
+        _check_room(num_ranks, device, strategy)
+        group = placement_group([bundle] * num_ranks, strategy=strategy)
         try:
             if not group.wait(timeout_s):
                 raise PlacementError(
@@ -90,23 +124,42 @@ class Placement:
             remove_placement_group(self.group)
 
 
-def _check_gpus(wanted: int) -> None:
-    have = int(ray.cluster_resources().get("GPU", 0))
-    if have < wanted:
+def _check_room(ranks: int, device: str, strategy: str) -> None:
+    """Refuse at once what this cluster could never hold: its placement group would stay pending for ever."""
+    if device == "cuda":
+        room = [int(node["Resources"].get("GPU", 0)) for node in _alive_nodes()]
+        if sum(room) < ranks:
+            raise PlacementError(
+                f"expert_parallel_size={ranks} needs {ranks} GPUs, the cluster has {sum(room)} "
+                f"({_nodes_text()}); lower it, add GPU nodes, or use device='cpu'"
+            )
+    else:
+        room = [ranks if node["Resources"].get("CPU") else 0 for node in _alive_nodes()]
+    what = "GPUs" if device == "cuda" else "CPUs"
+    if strategy == "STRICT_PACK" and max(room) < ranks:
         raise PlacementError(
-            f"expert_parallel_size={wanted} needs {wanted} GPUs, the cluster has {have} ({_nodes_text()}); "
-            f"lower it, add GPU nodes, or use device='cpu'"
+            f"placement_strategy=STRICT_PACK needs one node with {what} for all {ranks} ranks, the cluster has "
+            f"{_nodes_text()}; use PACK"
         )
+    nodes = sum(here > 0 for here in room)
+    if strategy == "STRICT_SPREAD" and nodes < ranks:
+        raise PlacementError(
+            f"placement_strategy=STRICT_SPREAD needs a node with {what} for each of {ranks} ranks, the cluster "
+            f"has {nodes} ({_nodes_text()}); use SPREAD"
+        )
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _nodes_text() -> str:
     """`"10.0.0.1: 8 CPU, 2 GPU; 10.0.0.2: ..."` for the nodes that are alive."""
     texts = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            has = node["Resources"]
-            gpus = f", {has['GPU']:g} GPU" if has.get("GPU") else ", no GPU"
-            texts.append(f"{node['NodeManagerAddress']}: {has.get('CPU', 0):g} CPU{gpus}")
+    for node in _alive_nodes():
+        has = node["Resources"]
+        gpus = f", {has['GPU']:g} GPU" if has.get("GPU") else ", no GPU"
+        texts.append(f"{node['NodeManagerAddress']}: {has.get('CPU', 0):g} CPU{gpus}")
     return "; ".join(texts)
 
 

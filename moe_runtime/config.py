@@ -13,6 +13,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "dispatcher": ("auto", "all_to_all", "all_gather"),
+    "placement_strategy": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
 }
 _AT_LEAST_ONE = (
     "expert_parallel_size",
@@ -42,6 +43,7 @@ class EngineConfig:
     threads_per_rank: int | None = None  # CPU threads a rank; None: the node's cores divided by its ranks
     dispatcher: str = "auto"  # how tokens travel between ranks
     inspection_timeout_s: float = 60.0
+    placement_strategy: str = "PACK"  # Ray's: ranks on few nodes, or spread over many; STRICT_: or not at all
     placement_timeout_s: float = 60.0  # to wait for resources that the cluster has but others use
     process_group_timeout_s: float = 120.0  # after which a collective gives up on a silent rank
 

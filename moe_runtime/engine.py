@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moe_runtime.cluster import Placement, resolve_device
 from moe_runtime.config import EngineConfig
-from moe_runtime.errors import EngineDeadError, RankFailedError
+from moe_runtime.errors import EngineDeadError
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.modelfiles import ModelFiles
 from moe_runtime.rank_spec import RankReport, RankSpec
@@ -42,8 +43,11 @@ class Engine:
             worker: class that runs in the rank actors, `"module:Class"`.
         """
         self._ranks: Ranks | None = None
+        self._batches = itertools.count(1)
         device = resolve_device(config.device)
-        slots = Placement.reserve(placement.num_ranks, device, config.placement_timeout_s)
+        slots = Placement.reserve(
+            placement.num_ranks, device, config.placement_timeout_s, config.placement_strategy
+        )
         try:
             nodes = [slot.node_id for slot in slots.slots]
             specs = [
@@ -86,15 +90,14 @@ class Engine:
             EngineDeadError: the deployment had ended before.
         """
         ranks = self._alive()
+        batch = next(self._batches)
         shares = _spread(requests, len(ranks))
         try:
-            for _, deltas in ranks.stream("generate", [(share,) for share in shares]):
+            for _, deltas in ranks.stream("generate", [(batch, share) for share in shares]):
                 yield from deltas
-        except RankFailedError:
-            self.shutdown()
-            raise
         except BaseException:  # the caller left (Ctrl-C, a break out of the loop): the ranks live on
-            ranks.interrupt("abort_all")
+            if not ranks.ended:
+                ranks.interrupt("abort", batch)
             raise
 
     def expert_load(self) -> list[Any]:
@@ -108,7 +111,7 @@ class Engine:
             self._ranks = None
 
     def _alive(self) -> Ranks:
-        if self._ranks is None:
+        if self._ranks is None or self._ranks.ended:
             raise EngineDeadError(
                 "the deployment has ended: it was shut down or a rank failed; start a new one"
             )

@@ -125,7 +125,8 @@ class LLM:
         """Answer one conversation, or each of several; messages are `{"role": ..., "content": ...}`.
 
         Raises:
-            PromptError: the checkpoint has no chat template, or it refuses the messages.
+            ConfigError: the checkpoint has no chat template.
+            PromptError: the template refuses the messages.
         """
         tokenizer = self.get_tokenizer()
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages

@@ -30,19 +30,26 @@ class RankActor:
     """Shell around a worker, so that only the rank's process imports it."""
 
     def __init__(self, worker: str, *args: Any) -> None:
-        module, _, name = worker.partition(":")
-        self._worker = getattr(importlib.import_module(module), name)(*args)
+        self._broken: Exception | None = None
+        try:
+            module, _, name = worker.partition(":")
+            self._worker = getattr(importlib.import_module(module), name)(*args)
+        except Exception as error:
+            # Of an error in an actor's constructor Ray keeps nothing but its text; `call` raises it whole.
+            self._broken = error
 
     def call(self, method: str, *args: Any) -> Any:
+        if self._broken:
+            raise self._broken
         return getattr(self._worker, method)(*args)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        yield from getattr(self._worker, method)(*args)
+        yield from self.call(method, *args)
 
     @ray.method(concurrency_group="control")
-    def interrupt(self, method: str) -> None:
+    def interrupt(self, method: str, *args: Any) -> None:
         """Like `call`, in a thread of its own: it runs while `call` or `stream` is at work."""
-        getattr(self._worker, method)()
+        self.call(method, *args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,12 @@ class Ranks:
             for slot, spec in zip(placement.slots, specs, strict=True)
         ]
         self._addresses: dict[int, RankAddress] = {}
+        self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether a rank failed, or `kill` was called: they take no more calls."""
+        return self._ended
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -116,13 +129,14 @@ class Ranks:
         }
         yield from self._gather(pending)
 
-    def interrupt(self, method: str) -> None:
+    def interrupt(self, method: str, *args: Any) -> None:
         """Have every rank run a short `method` beside what it is doing; does not wait for it."""
         for actor in self._actors:
-            actor.interrupt.remote(method)
+            actor.interrupt.remote(method, *args)
 
     def kill(self) -> None:
         """End every actor and give its resources back; safe to call again, and after a failure."""
+        self._ended = True
         if ray.is_initialized():
             for actor in self._actors:
                 with contextlib.suppress(RayError, ValueError):
@@ -161,13 +175,16 @@ class Ranks:
                 yield rank, value
         if failures:
             self.kill()
-            raise self._explain(failures)
+            raise self._explain(failures, silent=sorted(rank_of.values()))
 
-    def _explain(self, failures: dict[int, Exception]) -> MoeRuntimeError:
+    def _explain(self, failures: dict[int, Exception], silent: list[int]) -> MoeRuntimeError:
+        """One error for all: the cause where a rank told it, else the ranks that their peers lost."""
         causes = [rank for rank, error in failures.items() if not _is_peer_lost(error)]
-        rank = (causes or list(failures))[0]
+        if not causes:
+            return self._explain_lost(failures, silent)
+        rank = causes[0]
         error = failures[rank]
-        who = str(self._addresses.get(rank, f"rank {rank}"))
+        who = self._name(rank)
         if isinstance(error, RayTaskError):
             cause = error.cause
             if isinstance(cause, MoeRuntimeError) and not isinstance(cause, PeerLostError):
@@ -181,6 +198,22 @@ class Ranks:
             detail = " ".join(str(error).split())
             return RankFailedError(f"{who} died; every request in flight ended with it. Ray says: {detail}")
         return RankFailedError(f"{who} failed: {type(error).__name__}: {error}")
+
+    def _explain_lost(self, failures: dict[int, Exception], silent: list[int]) -> RankFailedError:
+        """Every failure is the loss of a peer: the ranks that say nothing are frozen or cut off."""
+        rank, error = next(iter(failures.items()))
+        reason = f"{self._name(rank)} reports: {getattr(error, 'cause', error)}"
+        if silent:
+            who = ", ".join(map(self._name, silent))
+            return RankFailedError(
+                f"{who} stopped answering; every request in flight ended with it. {reason}"
+            )
+        return RankFailedError(
+            f"the ranks lost each other; every request in flight ended with that. {reason}"
+        )
+
+    def _name(self, rank: int) -> str:
+        return str(self._addresses.get(rank, f"rank {rank}"))
 
 
 def _is_peer_lost(error: Exception) -> bool:

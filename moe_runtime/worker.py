@@ -22,6 +22,7 @@ from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.pool import allocate
 from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.delivery import Delivery
+from moe_runtime.errors import ConfigError
 from moe_runtime.memory import plan_rank_caches
 from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
@@ -43,13 +44,15 @@ class RankWorker:
     def __init__(self, spec: RankSpec) -> None:
         self._spec = spec
         self._config = spec.config
+        self._node_ip = ray.util.get_node_ip_address()
+        if spec.config.device == "cuda":
+            _require_cuda(f"rank {spec.rank} on node {self._node_ip}")
         self._profile = DeviceProfile.query(spec.config.device)
         self._device = torch.device(spec.config.device)
-        self._node_ip = ray.util.get_node_ip_address()
         self._threads = spec.config.threads_per_rank or max(1, _node_cores() // spec.ranks_on_node)
         torch.set_num_threads(self._threads)
         self._groups: ProcessGroups | None = None
-        self._aborting = False
+        self._last_aborted = 0
 
     # ------------------------------------------------------------------------- coming together
 
@@ -105,12 +108,11 @@ class RankWorker:
 
     def report(self) -> RankReport:
         """What this rank is and has, once it is loaded."""
-        gpu_ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return RankReport(
             rank=self._spec.rank,
             node_ip=self._node_ip,
             pid=os.getpid(),
-            gpu_ids=tuple(gpu_ids) if self._device.type == "cuda" else (),
+            gpu_ids=_gpu_ids() if self._device.type == "cuda" else (),
             device=self._profile.name,
             kernel_plan=tuple(self._plan.describe().splitlines()),
             dispatcher=self._dispatcher_reason,
@@ -124,12 +126,12 @@ class RankWorker:
 
     # ------------------------------------------------------------------------- serving
 
-    def generate(self, requests: Sequence[EngineRequest]) -> Iterator[list[OutputDelta]]:
+    def generate(self, batch: int, requests: Sequence[EngineRequest]) -> Iterator[list[OutputDelta]]:
         """Serve this rank's share of a batch; yields pieces of output. All ranks run this together.
 
-        A rank that has no work takes part in every step of the others with no tokens.
+        A rank that has no work takes part in every step of the others with no tokens. Batches are numbered
+        from 1, upwards.
         """
-        self._aborting = False
         scheduler = self._new_scheduler()
         delivery = Delivery(self._tokenizer)
         for request in requests:
@@ -137,7 +139,7 @@ class RankWorker:
         next_delivery = 0.0
         while True:
             step = scheduler.schedule()
-            agreed = self._agree([step.num_tokens, scheduler.has_work, self._aborting])
+            agreed = self._agree([step.num_tokens, scheduler.has_work, batch <= self._last_aborted])
             if any(aborting for _, _, aborting in agreed) or not any(work for _, work, _ in agreed):
                 break
             dispatcher = self._load.watch(
@@ -152,9 +154,12 @@ class RankWorker:
         if deltas := delivery.drain():
             yield deltas
 
-    def abort_all(self) -> None:
-        """Have every rank leave `generate` after the step that it is in; runs beside it."""
-        self._aborting = True
+    def abort(self, batch: int) -> None:
+        """Leave `generate` of this batch after the step that it is in, on every rank; runs beside it.
+
+        It names the batch because it may come late, when the next one has begun.
+        """
+        self._last_aborted = batch
 
     def expert_load(self) -> list[list[int]]:
         """Tokens that each local expert of each MoE layer computed so far."""
@@ -175,6 +180,22 @@ class RankWorker:
             BlockAllocator(plan.num_blocks, plan.block_size),
             SlotAllocator(plan.num_slots),
         )
+
+
+def _require_cuda(who: str) -> None:
+    """Raise ConfigError if this process, to which Ray gave a GPU, cannot use it."""
+    if torch.cuda.is_available():
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    raise ConfigError(
+        f"{who} was given GPU {', '.join(_gpu_ids())} by Ray, but its torch {torch.__version__} (built with "
+        f"{build}) sees no CUDA device; install a CUDA build of torch and its driver there, or use device='cpu'"
+    )
+
+
+def _gpu_ids() -> tuple[str, ...]:
+    """Ids of the GPUs that Ray gave to this actor."""
+    return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
 
 def _node_cores() -> int:

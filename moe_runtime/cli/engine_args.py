@@ -21,6 +21,7 @@ _HELP = {
     "threads_per_rank": "CPU threads a rank; by default the node's cores divided by its ranks",
     "dispatcher": "how tokens travel between ranks",
     "inspection_timeout_s": "seconds that the inspection of the model class may take",
+    "placement_strategy": "how Ray places ranks on nodes: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD",
     "placement_timeout_s": "seconds to wait for resources that others use",
     "process_group_timeout_s": "seconds after which a collective gives up on a silent rank",
 }

@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -25,7 +25,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 class Program:
     """A Python script that runs as a terminal would run it: in a process group of its own."""
 
-    def __init__(self, directory: Path, argv: Sequence[str | Path], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, argv: Sequence[str | Path], env: dict[str, str] | None = None
+    ) -> None:
         self._mark = f"{_MARK}={uuid.uuid4().hex}"
         self._shared_memory_before = _shared_memory_files()
         self._stdout, self._stderr = directory / "stdout", directory / "stderr"
@@ -87,7 +89,7 @@ class Program:
     def end(self) -> None:
         """Kill whatever is left of it."""
         for process in self._processes():
-            with _gone_is_fine():
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
 
@@ -127,14 +129,6 @@ def running(
         yield program
     finally:
         program.end()
-
-
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        pass
 
 
 def _environment(process: psutil.Process) -> bytes:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+
 from moe_runtime import engine, llm
 from moe_runtime.cli.main import main
 from moe_runtime.ranks import Ranks
