@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import count
 
 from moe_runtime.cache.blocks import BlockAllocator
@@ -15,10 +16,24 @@ from moe_runtime.scheduler.step import Copy, ScheduledEntry
 _SPARE_SHARE = 0.01
 
 
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """The last admission for which something lacked, and what would have to be otherwise."""
+
+    sequence: Sequence
+    num_tokens: int  # for which it was to have blocks
+    num_released: int  # sequences that had given back what they held
+    num_free: int  # blocks
+
+
 class SequenceMemory:
     """Gives sequences slots and blocks, shares what they compute, and takes it all back."""
 
     def __init__(self, config: SchedulerConfig, blocks: BlockAllocator, slots: SlotAllocator) -> None:
+        self.blocks = blocks
+        self.slots = slots
+        self.prefix_query_tokens = 0  # of sequences that were admitted for the first time
+        self.prefix_hit_tokens = 0
         self._block_size = config.block_size
         self._caching = config.enable_prefix_caching
         self._keeps_states = config.enable_prefix_caching and config.has_state
@@ -27,6 +42,8 @@ class SequenceMemory:
         max_checkpoints = int(slots.capacity * config.state_checkpoint_share)
         self.tree = PrefixTree(blocks, slots, has_state=config.has_state, max_checkpoints=max_checkpoints)
         self._stamps = count(1)
+        self._num_released = 0
+        self._refused: _Refused | None = None
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""
@@ -41,11 +58,12 @@ class SequenceMemory:
         return self._caching and wanted is None and sequence.num_computed < last_boundary
 
     def fits(self, sequence: Sequence, num_tokens: int, beside_others: bool) -> bool:
-        """Whether `admit` would succeed now."""
+        """Whether `admit` would succeed now, with as many tokens or fewer."""
+        self._refused = None
         return self._lookup(sequence, num_tokens, beside_others) is not None
 
     def _lookup(self, sequence: Sequence, num_tokens: int, beside_others: bool) -> tuple[Match, int] | None:
-        """What is cached of a sequence, its path pinned, and the blocks that its next tokens need besides."""
+        """What is cached of a sequence, and how many blocks its next tokens need besides; None where they lack."""
         match = self._match(sequence)
         until = match.num_tokens + min(num_tokens, len(sequence.token_ids) - match.num_tokens)
         needed = max(0, self.blocks_for(until) - len(match.path))
@@ -72,8 +90,19 @@ class SequenceMemory:
         Returns the copies of states and of blocks that must precede its next forward pass, or None, with
         nothing changed, where blocks or a slot lack.
         """
+        # Looking a long prompt up costs time: not again before something has changed for the better.
+        free, refused = self.tree.num_available_blocks, self._refused
+        if (
+            refused is not None
+            and refused.sequence is sequence
+            and refused.num_released == self._num_released
+            and refused.num_tokens <= num_tokens
+            and refused.num_free >= free
+        ):
+            return None
         found = self._lookup(sequence, num_tokens, beside_others)
         if found is None:
+            self._refused = _Refused(sequence, num_tokens, self._num_released, free)
             return None
         match, needed = found
         self.tree.pin(match.path)
@@ -92,6 +121,10 @@ class SequenceMemory:
         sequence.num_computed = match.num_tokens
         sequence.num_shared = len(match.path) * self._block_size
         sequence.branch_at = sequence.num_shared if sequence.num_shared > match.num_tokens else 0
+        if not sequence.num_preemptions:
+            sequence.num_cached_tokens = match.num_tokens
+            self.prefix_query_tokens += len(sequence.token_ids)
+            self.prefix_hit_tokens += match.num_tokens
         states = [(source_slot, sequence.state_slot)]
         blocks = [(source_block, sequence.block_table[len(match.path)])] if source_block else []
         return [c for c in states if c[0] and c[0] != c[1]], [c for c in blocks if c[0] != c[1]]
@@ -173,6 +206,7 @@ class SequenceMemory:
 
         `in_flight`: a step that is not updated yet moves the state on, so that it is of no use.
         """
+        self._num_released += 1
         private = len(sequence.path)
         slot_is_kept = False
         if self._keeps_states and not in_flight and sequence.num_computed >= self._block_size:

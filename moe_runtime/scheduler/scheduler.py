@@ -9,15 +9,16 @@ run and updated before the next one is scheduled.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence as Items
 
 from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.slots import SlotAllocator
-from moe_runtime.errors import ConfigError, PromptError, QueueFullError
+from moe_runtime.errors import ConfigError, QueueFullError
 from moe_runtime.request import EngineRequest, FinishReason, stop_ids
 from moe_runtime.scheduler.config import SchedulerConfig
+from moe_runtime.scheduler.limits import max_tokens_of
 from moe_runtime.scheduler.memory import SequenceMemory
+from moe_runtime.scheduler.queues import SequenceQueues
 from moe_runtime.scheduler.sequence import Sequence, SequenceStatus
 from moe_runtime.scheduler.stats import SchedulerStats
 from moe_runtime.scheduler.step import Copy, ScheduledStep
@@ -38,49 +39,28 @@ class Scheduler:
         self._blocks = blocks
         self._slots = slots
         self._memory = SequenceMemory(config, blocks, slots)
-        self._samples: dict[str, list[Sequence]] = {}  # all that wait or run, by request id
-        self._waiting: list[Sequence] = []  # both in order of urgency
-        self._running: list[Sequence] = []
-        self._computing: dict[str, Sequence] = {}  # by request id, whose prompt other samples wait for
+        self._queues = SequenceQueues()
         self._in_flight: ScheduledStep | None = None
         self._num_arrived = 0
-        self._num_released = 0
-        # The first in the queue, and `_num_released` and the free blocks when it was found not to fit.
-        self._blocked: tuple[Sequence, int, int] | None = None
-        self._num_preemptions = self._prefix_query_tokens = self._prefix_hit_tokens = 0
+        self._num_preemptions = 0
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._queues.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queues.waiting)
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._queues.waiting or self._queues.running)
 
     @property
     def stats(self) -> SchedulerStats:
         """What happened so far, and what the caches hold now."""
-        tree = self._memory.tree
-        return SchedulerStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            preemptions=self._num_preemptions,
-            block_evictions=tree.num_block_evictions,
-            checkpoint_evictions=tree.num_checkpoint_evictions,
-            prefix_query_tokens=self._prefix_query_tokens,
-            prefix_hit_tokens=self._prefix_hit_tokens,
-            blocks_used=self._blocks.num_used - tree.num_unused_blocks,
-            blocks_cached=tree.num_unused_blocks,
-            blocks_total=self._blocks.capacity,
-            slots_used=len(self._running),
-            slots_cached=tree.num_checkpoints,
-            slots_total=self._slots.capacity,
-        )
+        return SchedulerStats.of(self._memory, self.num_running, self.num_waiting, self._num_preemptions)
 
     # ----------------------------------------------------------------- into the queue and out of it
 
@@ -90,17 +70,17 @@ class Scheduler:
         Raises PromptError, with the numbers, for one that could never run, and QueueFullError where too many
         wait.
         """
-        samples = self._samples.get(request.request_id, ())
+        samples = self._queues.samples(request.request_id)
         if any(sample.request.sample_index == request.sample_index for sample in samples):
             raise ConfigError(
                 f"request {request.request_id!r} (sample {request.sample_index}) is already in flight; give "
                 "each request an id of its own"
             )
-        max_tokens = self._max_tokens(request)
+        max_tokens = max_tokens_of(request, self.config.max_model_len, self._blocks)
         limit = self.config.max_waiting
-        if limit is not None and len(self._waiting) >= limit:
+        if limit is not None and self.num_waiting >= limit:
             raise QueueFullError(
-                f"request {request.request_id!r} is refused: {len(self._waiting)} sequences wait and the limit "
+                f"request {request.request_id!r} is refused: {self.num_waiting} sequences wait and the limit "
                 f"is {limit}; try again later, or raise max_waiting"
             )
         self._num_arrived += 1
@@ -111,32 +91,12 @@ class Scheduler:
             max_tokens=max_tokens,
             token_ids=list(request.prompt_token_ids),
         )
-        insort(self._waiting, sequence, key=_order)
-        self._samples.setdefault(request.request_id, []).append(sequence)
+        self._queues.add(sequence)
         return sequence
-
-    def _max_tokens(self, request: EngineRequest) -> int:
-        """Tokens, prompt and output, at which a request ends."""
-        prompt, limit = len(request.prompt_token_ids), self.config.max_model_len
-        if not 0 < prompt < limit:
-            raise PromptError(
-                f"request {request.request_id!r} has a prompt of {prompt} tokens; it must have at least 1 "
-                f"and, with max_model_len {limit}, at most {limit - 1}"
-            )
-        wanted = request.params.max_tokens
-        max_tokens = limit if wanted is None else min(limit, prompt + wanted)
-        needed = self._blocks.blocks_for(max_tokens)
-        if needed > self._blocks.capacity:
-            raise PromptError(
-                f"request {request.request_id!r} may reach {max_tokens} tokens and needs {needed} KV blocks "
-                f"of {self.config.block_size} tokens, but this rank has {self._blocks.capacity}; lower "
-                "max_tokens, shorten the prompt or enlarge the cache"
-            )
-        return max_tokens
 
     def abort(self, request_id: str) -> list[Sequence]:
         """End all samples of a request, wherever they are; returns those that were still going on."""
-        aborted = list(self._samples.get(request_id, ()))
+        aborted = list(self._queues.samples(request_id))
         for sequence in aborted:
             self.finish(sequence, "abort")
         return aborted
@@ -148,23 +108,14 @@ class Scheduler:
         last token that max_tokens allows counts as a stop.
         """
         if sequence.status is not SequenceStatus.FINISHED:
-            self._leave(sequence)
-            request_id = sequence.request.request_id
-            samples = self._samples[request_id]
-            samples.remove(sequence)
-            if not samples:
-                del self._samples[request_id]
-            sequence.status = SequenceStatus.FINISHED
+            self._give_back(sequence)
+            self._queues.remove(sequence)
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Take a sequence out of the queue or the running ones, with all that it holds."""
-        group = self._running if sequence.status is SequenceStatus.RUNNING else self._waiting
-        index = bisect_left(group, sequence.order, key=_order)
-        assert group[index] is sequence, "a sequence is not where its status says"
-        del group[index]
-        if group is self._waiting:
+    def _give_back(self, sequence: Sequence) -> None:
+        """Take all that a sequence holds, if it runs."""
+        if sequence.status is not SequenceStatus.RUNNING:
             return
         step = self._in_flight
         in_flight = step is not None and (
@@ -172,8 +123,6 @@ class Scheduler:
         )
         self._memory.release(sequence, in_flight=in_flight)
         sequence.is_decoding = False
-        self._num_released += 1
-        self._stop_computing(sequence)
 
     # ----------------------------------------------------------------- the next step
 
@@ -184,15 +133,14 @@ class Scheduler:
         has run: the runner reads what the sequence holds.
         """
         assert self._in_flight is None, "the last step has not been updated"
-        if self._waiting and self.config.policy == "priority":
-            self._make_room_for_urgent()
+        waiting, running = self._queues.waiting, self._queues.running
+        urgent = self._make_room_for_urgent() if waiting and self.config.policy == "priority" else None
         preempted_before = self._num_preemptions
-        chunks = self._find_blocks()
-        decodes = tuple([s for s in self._running if s.is_decoding])
-        work = [(s, n) for s, n in chunks if s.status is SequenceStatus.RUNNING]
+        work = self._find_blocks(urgent)
+        decodes = tuple([s for s in running if s.is_decoding])
         states: list[Copy] = []
         blocks: list[Copy] = []
-        if self._waiting and self._num_preemptions == preempted_before:
+        if waiting and self._num_preemptions == preempted_before:
             budget = self.config.max_num_batched_tokens - len(decodes) - sum(n for _, n in work)
             work += self._admit_waiting(budget, states, blocks)
         # Last, so that states are kept only in slots that no sequence wanted.
@@ -207,12 +155,12 @@ class Scheduler:
         )
         return self._in_flight
 
-    def _find_blocks(self) -> list[tuple[Sequence, int]]:
+    def _find_blocks(self, urgent: Sequence | None) -> list[tuple[Sequence, int]]:
         """Give running sequences blocks for this step, the most urgent first; preempts where none is left.
 
-        Returns the prompts' chunks; one of them may have been preempted since.
+        Returns the prompts' chunks. Prompts of lower priority than `urgent`, which waits, let it go first.
         """
-        memory, running = self._memory, self._running
+        memory, running = self._memory, self._queues.running
         for sequence in [s for s in running if s.is_decoding and s.num_computed >= s.capacity]:
             while sequence.is_decoding and memory.room(sequence) < 1:
                 self._preempt(running[-1])
@@ -221,10 +169,12 @@ class Scheduler:
         prefilling = [s for s in running if not s.is_decoding]
         if not prefilling:
             return []
-        chunks = []
+        chunks: list[tuple[Sequence, int]] = []
         budget = self.config.max_num_batched_tokens - (len(running) - len(prefilling))
         for sequence in prefilling:
             if budget < 1 or sequence.status is not SequenceStatus.RUNNING:
+                break
+            if urgent is not None and urgent.order[0] < sequence.order[0]:
                 break
             # The least urgent one waits for blocks with what it has, any other takes them.
             while (room := memory.room(sequence)) < 1 and running[-1] is not sequence:
@@ -238,25 +188,30 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, where it stands before all that are less urgent."""
-        self._leave(sequence)
-        sequence.status = SequenceStatus.WAITING
+        self._give_back(sequence)
+        self._queues.send_back(sequence)
         sequence.num_reported = max(sequence.num_reported, sequence.num_computed)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self._num_preemptions += 1
-        insort(self._waiting, sequence, key=_order)
 
-    def _make_room_for_urgent(self) -> None:
-        """Preempt running sequences of lower priority for the first in the queue, until it fits."""
-        first = next((s for s in self._waiting if not self._is_held(s)), None)
-        if first is None:
-            return
-        running, budget = self._running, self.config.max_num_batched_tokens
-        while running and first.order[0] < running[-1].order[0]:
+    def _make_room_for_urgent(self) -> Sequence | None:
+        """Preempt running sequences of lower priority for the first in the queue, until it fits.
+
+        Returns it, if any running sequence has a lower priority.
+        """
+        queues, running = self._queues, self._queues.running
+        urgent = next((s for s in queues.waiting if not queues.is_held(s)), None)
+        if urgent is None or not running or running[-1].order[0] <= urgent.order[0]:
+            return None
+        while running and running[-1].order[0] > urgent.order[0]:
             has_place = len(running) < self.config.max_num_seqs
-            if has_place and self._memory.fits(first, budget - len(running), beside_others=True):
-                return
+            # It gets no more tokens than this, so what fits here fits when it is admitted.
+            budget = self.config.max_num_batched_tokens - sum(s.is_decoding for s in running)
+            if has_place and self._memory.fits(urgent, budget, beside_others=True):
+                break
             self._preempt(running[-1])
+        return urgent
 
     # ----------------------------------------------------------------- admission
 
@@ -266,56 +221,25 @@ class Scheduler:
         """Admit from the queue while tokens are left; the copies that this asks for are appended."""
         admitted = []
         index = 0
-        while budget > 0 and index < len(self._waiting):
-            sequence = self._waiting[index]
-            if self._is_held(sequence):
+        queues = self._queues
+        while budget > 0 and index < len(queues.waiting):
+            sequence = queues.waiting[index]
+            if queues.is_held(sequence):
                 index += 1
                 continue
-            copies = self._admit(sequence, budget)
+            has_place = self.num_running < self.config.max_num_seqs
+            copies = self._memory.admit(sequence, budget, self.num_running > 0) if has_place else None
             if copies is None:
                 break  # nobody overtakes the first in the queue
-            del self._waiting[index]
+            queues.start(index)
+            if self._memory.can_share(sequence):
+                queues.hold_others(sequence)
             states += copies[0]
             blocks += copies[1]
             num_tokens = min(budget, sequence.num_uncomputed)
             admitted.append((sequence, num_tokens))
             budget -= num_tokens
         return admitted
-
-    def _is_held(self, sequence: Sequence) -> bool:
-        """Whether it waits for another sample of its request, whose prompt it will find cached."""
-        first = self._computing.get(sequence.request.request_id)
-        return first is not None and first is not sequence
-
-    def _admit(self, sequence: Sequence, budget: int) -> tuple[list[Copy], list[Copy]] | None:
-        """Give a waiting sequence its place, slot and blocks; None if anything lacks."""
-        if len(self._running) >= self.config.max_num_seqs:
-            return None
-        # Looking a long prompt up costs time: not again before something has changed.
-        free = self._memory.tree.num_available_blocks
-        if self._running and self._blocked is not None:
-            blocked, released, free_then = self._blocked
-            if blocked is sequence and released == self._num_released and free <= free_then:
-                return None
-        copies = self._memory.admit(sequence, budget, beside_others=bool(self._running))
-        self._blocked = None if copies is not None else (sequence, self._num_released, free)
-        if copies is None:
-            return None
-        if not sequence.num_preemptions:
-            sequence.num_cached_tokens = sequence.num_computed
-            self._prefix_query_tokens += len(sequence.token_ids)
-            self._prefix_hit_tokens += sequence.num_computed
-        sequence.status = SequenceStatus.RUNNING
-        insort(self._running, sequence, key=_order)
-        if self._memory.can_share(sequence):
-            self._computing[sequence.request.request_id] = sequence
-        return copies
-
-    def _stop_computing(self, sequence: Sequence) -> None:
-        """Let the other samples of its request go on."""
-        request_id = sequence.request.request_id
-        if self._computing.get(request_id) is sequence:
-            del self._computing[request_id]
 
     # ----------------------------------------------------------------- results
 
@@ -359,7 +283,7 @@ class Scheduler:
                 sequence.output_ids.append(token)
             if sequence.num_uncomputed == 1:
                 sequence.is_decoding = True
-                self._stop_computing(sequence)
+                self._queues.end_hold(sequence)
             if token is not None:
                 self._end_if_due(sequence, token)
 
@@ -371,7 +295,3 @@ class Scheduler:
             self.finish(sequence, "stop", None if is_eos else token)
         elif len(sequence.token_ids) >= sequence.max_tokens:
             self.finish(sequence, "length")
-
-
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order

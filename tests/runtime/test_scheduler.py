@@ -349,3 +349,15 @@ def test_an_urgent_request_takes_the_place_of_the_least_urgent(limits: dict[str,
     assert scheduler.stats.preemptions == 1
     while scheduler.has_work:
         run(scheduler)
+
+
+def test_an_urgent_request_goes_before_the_rest_of_a_long_prompt() -> None:
+    scheduler = make(tokens=8, policy="priority")
+    scheduler.add(request("long", prompt=40, max_tokens=1, priority=1))
+    assert run(scheduler) == [("long", 0, 8, False)]
+    scheduler.add(request("peer", prompt=9, max_tokens=2, priority=1))
+    assert run(scheduler) == [("long", 8, 8, False)]
+    scheduler.add(request("urgent", prompt=9, max_tokens=2, priority=0))
+    assert run(scheduler) == [("urgent", 0, 8, False)]
+    assert run(scheduler) == [("urgent", 8, 1, True), ("long", 16, 7, False)]
+    assert scheduler.stats.preemptions == 0

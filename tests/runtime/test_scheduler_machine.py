@@ -110,7 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.step is None)
     @rule()
     def schedule_and_run(self) -> None:
-        decoding = [s for s in self.scheduler._running if s.is_decoding]
+        decoding = [s for s in self.scheduler._queues.running if s.is_decoding]
         step = self.step = self.scheduler.schedule()
         assert step.num_tokens <= self.scheduler.config.max_num_batched_tokens
         assert bool(step.num_tokens) == self.scheduler.has_work
