@@ -41,6 +41,7 @@ def plan_rank_caches(
         max_num_seqs=config.max_num_seqs,
         max_model_len=length,
         budget_bytes=budget,
+        prefix_caching=config.enable_prefix_caching,
     )
     return plan, length
 

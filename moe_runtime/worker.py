@@ -16,10 +16,11 @@ import torch
 
 from moe_kernels.device import DeviceProfile
 from moe_kernels.select import select
-from moe_models.interfaces import ExpertShard
+from moe_models.interfaces import ExpertShard, LayerCacheSpec, StateCacheSpec
 from moe_runtime.building import build_model, model_dtype, read_weights
 from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.pool import allocate
+from moe_runtime.cache.sizing import checkpoint_interval
 from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.delivery import Delivery
 from moe_runtime.errors import ConfigError
@@ -106,7 +107,7 @@ class RankWorker:
             vocab_size=facts.vocab_size,
         )
         self._tokenizer = find_tokenizer(spec.model_files)
-        self._scheduler = self._new_scheduler()
+        self._scheduler = self._new_scheduler(specs)
         self._load = ExpertLoad(len(facts.moe_layers), len(experts), self._device)
         capacity = StepCapacity(
             max_tokens=config.max_num_batched_tokens,
@@ -179,12 +180,10 @@ class RankWorker:
 
     def stats(self) -> RankStats:
         """What this rank has done and holds now."""
-        scheduler, loop = self._scheduler, self._loop.stats
         return RankStats(
             rank=self._spec.rank,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            loop=dataclasses.asdict(loop),
+            scheduler=dataclasses.asdict(self._scheduler.stats),
+            loop=dataclasses.asdict(self._loop.stats),
         )
 
     def expert_load(self) -> list[list[int]]:
@@ -194,7 +193,7 @@ class RankWorker:
     def _agree(self, values: list[int]) -> list[list[int]]:
         return [values] if self._groups is None else self._groups.agree(values)
 
-    def _new_scheduler(self) -> Scheduler:
+    def _new_scheduler(self, specs: Sequence[LayerCacheSpec]) -> Scheduler:
         config, plan = self._config, self._cache_plan
         return Scheduler(
             SchedulerConfig(
@@ -202,6 +201,13 @@ class RankWorker:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 block_size=config.block_size,
                 max_model_len=self._max_model_len,
+                policy=config.scheduling_policy,
+                max_waiting=config.max_waiting,
+                enable_prefix_caching=config.enable_prefix_caching,
+                has_state=any(isinstance(spec, StateCacheSpec) for spec in specs),
+                state_checkpoint_interval=checkpoint_interval(
+                    specs, config.block_size, config.state_checkpoint_interval
+                ),
             ),
             BlockAllocator(plan.num_blocks, plan.block_size),
             SlotAllocator(plan.num_slots),
