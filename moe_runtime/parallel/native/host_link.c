@@ -189,29 +189,26 @@ static inline uint16_t to_bfloat16(float f) {
     return (v.u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
 }
 
+/* Both conversions of float16 compute every case and then choose, so that loops over them become vector code. */
 static inline float from_float16(uint16_t v) {
-    uint32_t rest = v & 0x7fff, exponent = rest >> 10;
-    bits r = {.u = (rest << 13) + (112u << 23)}; /* the exponents' biases, 127 and 15, differ by 112 */
-    if (exponent == 31) r.u = 0x7f800000 | (rest & 0x3ff) << 13;
-    if (exponent == 0) r.f = (float)(int32_t)rest * 0x1p-24f;
-    r.u |= (uint32_t)(v & 0x8000) << 16;
-    return r.f;
+    uint32_t rest = v & 0x7fff;
+    bits small = {.f = (float)(int32_t)rest * 0x1p-24f};  /* below 2^-14, where the exponent's bits are 0 */
+    uint32_t normal = (rest << 13) + (112u << 23);        /* the exponents' biases, 127 and 15, differ by 112 */
+    uint32_t infinite = 0x7f800000 | (rest & 0x3ff) << 13; /* or not a number */
+    uint32_t size = rest < 0x400 ? small.u : rest < 0x7c00 ? normal : infinite;
+    return ((bits){.u = (uint32_t)(v & 0x8000) << 16 | size}).f;
 }
 
 static inline uint16_t to_float16(float f) {
     bits v = {.f = f};
-    uint32_t sign = v.u >> 16 & 0x8000, size = v.u & 0x7fffffff, result;
-    if (size > 0x7f800000)
-        result = 0x7e00;
-    else if (size >= 0x477ff000) /* 65520 and more round to infinity */
-        result = 0x7c00;
-    else if (size < 0x38800000) { /* below 2^-14: a unit of the result is 2^-24, as it is of a float above 0.5 */
-        bits shifted = {.u = size};
-        shifted.f += 0.5f;
-        result = shifted.u - 0x3f000000;
-    } else
-        result = (size + 0xfff + (size >> 13 & 1) - (112u << 23)) >> 13;
-    return (uint16_t)(sign | result);
+    uint32_t size = v.u & 0x7fffffff;
+    /* Below 2^-14 a unit of the result is 2^-24, as it is of a float between 0.5 and 1: adding 0.5 rounds. */
+    bits shifted = {.f = ((bits){.u = size}).f + 0.5f};
+    uint32_t small = shifted.u - 0x3f000000;
+    uint32_t normal = (size + 0xfff + (size >> 13 & 1) - (112u << 23)) >> 13;
+    uint32_t infinite = size > 0x7f800000 ? 0x7e00 : 0x7c00; /* 65520 and more round to infinity */
+    uint32_t result = size < 0x38800000 ? small : size < 0x477ff000 ? normal : infinite;
+    return (uint16_t)((v.u >> 16 & 0x8000) | result);
 }
 
 static void sum_rows(void *out, const void *const *rows, int num_rows, int64_t width, int dtype) {
