@@ -30,7 +30,7 @@ def cache_dir() -> Path:
 
 
 def compiled(source: Path) -> Path:
-    """The library made from `source`; several processes may ask for it at once.
+    """The library made from `source` and the headers beside it; several processes may ask for it at once.
 
     Raises:
         NativeBuildError: there is no compiler, it fails, or the cache cannot be written.
