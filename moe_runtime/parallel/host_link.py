@@ -26,7 +26,7 @@ from moe_runtime.parallel.peers import Peer
 # A wait sleeps for this long, looks whether its peers live, and sleeps again.
 _SLICE_S = 0.2
 # Before it sleeps a wait spins for this long, where every rank has a core to itself.
-_SPIN_S = 50e-6
+_SPIN_S = 20e-6
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
 

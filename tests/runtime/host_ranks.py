@@ -65,6 +65,18 @@ def run(scenario: Scenario, size: int, folder: Path, *args: Any, **settings: Any
             process.join()
 
 
+def holders_of_link_memory() -> set[int]:
+    """Ids of the processes of this machine that map some link's memory."""
+    holders = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if "/memfd:moe_runtime" in maps.read_text():
+                holders.add(int(maps.parent.name))
+        except (OSError, ProcessLookupError):
+            continue
+    return holders
+
+
 def agree_through(folder: Path, rank: int, size: int) -> Callable[[list[int]], list[list[int]]]:
     """An agreement by files: slow, and free of whatever is under test."""
     calls = 0

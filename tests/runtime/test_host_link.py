@@ -15,7 +15,7 @@ import pytest
 from moe_runtime.errors import ConfigError, PeerLostError
 from moe_runtime.parallel.host_link import HostLink
 from moe_runtime.parallel.peers import Peer
-from tests.runtime.host_ranks import result, run, start
+from tests.runtime.host_ranks import holders_of_link_memory, result, run, start
 from tests.source_tree import ROOT
 
 LOST = 1  # the rank that goes away
@@ -173,17 +173,6 @@ def _note_pid(link: HostLink) -> None:
     (folder / f"pid-{link.rank}.tmp").rename(folder / f"pid-{link.rank}")
 
 
-def _holders_of_link_memory() -> set[int]:
-    holders = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            if "/memfd:moe_runtime" in maps.read_text():
-                holders.add(int(maps.parent.name))
-        except (OSError, ProcessLookupError):
-            continue
-    return holders
-
-
 @pytest.mark.parametrize("order", [("driver", 0, 1), (0, 1, "driver"), (1, "driver", 0)])
 def test_nothing_is_left_behind_whichever_process_dies_first(
     order: tuple[str | int, ...], tmp_path: Path
@@ -205,14 +194,14 @@ def test_nothing_is_left_behind_whichever_process_dies_first(
                 assert time.monotonic() < deadline, "the ranks did not start"
                 time.sleep(0.02)
             pids[rank] = int((tmp_path / f"pid-{rank}").read_text())
-        assert {pids[0], pids[1]} <= _holders_of_link_memory()
+        assert {pids[0], pids[1]} <= holders_of_link_memory()
     finally:
         for who in order:
             if who in pids:
                 _kill(pids[who])
         driver.wait()
     deadline = time.monotonic() + 10
-    while {pids[0], pids[1]} & _holders_of_link_memory():
+    while {pids[0], pids[1]} & holders_of_link_memory():
         assert time.monotonic() < deadline, "the memory outlived its processes"
         time.sleep(0.05)
     assert not [n for n in set(os.listdir("/dev/shm")) - names_before if "moe" in n]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 _COMPILERS = ("cc", "gcc", "clang")
 # No -march=native: the cache may lie in a home directory that machines of several kinds share.
-_FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-Wall")
+# Without traps the compiler may turn the cases of a rounding into vector selects; results do not change.
+_FLAGS = ("-std=c11", "-O3", "-fno-trapping-math", "-fPIC", "-shared", "-Wall")
 _COMPILER_TIMEOUT_S = 120
 
 
@@ -29,7 +30,7 @@ def cache_dir() -> Path:
 
 
 def compiled(source: Path) -> Path:
-    """The library made from `source`; several processes may ask for it at once.
+    """The library made from `source` and the headers beside it; several processes may ask for it at once.
 
     Raises:
         NativeBuildError: there is no compiler, it fails, or the cache cannot be written.

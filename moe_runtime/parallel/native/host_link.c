@@ -27,12 +27,12 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_RANKS = 64, MAX_VALUES = 32, SUM_BLOCK = 512 };
+#include "sum_rows.h"
+
+enum { MAX_RANKS = 64, MAX_VALUES = 32 };
 
 /* What the calls return; the Python side knows these numbers. */
 enum { DONE = 0, WAITING = 1, PEER_LEFT = 2, BAD_EXPERT = 3 };
-
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 typedef struct {
     _Alignas(64) _Atomic uint32_t value; /* a cache line of its own */
@@ -172,72 +172,6 @@ static int finish_phase(host_link *link) {
     int state = await_phase(link, link->phase);
     if (state == DONE) link->arrived = 0;
     return state;
-}
-
-/* ------------------------------------------------------------------ sums of rows, in float32 */
-
-typedef union {
-    float f;
-    uint32_t u;
-} bits;
-
-static inline float from_bfloat16(uint16_t v) { return ((bits){.u = (uint32_t)v << 16}).f; }
-
-static inline uint16_t to_bfloat16(float f) {
-    bits v = {.f = f};
-    uint32_t rounded = (v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16; /* to nearest, ties to even */
-    return (v.u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
-}
-
-static inline float from_float16(uint16_t v) {
-    uint32_t rest = v & 0x7fff, exponent = rest >> 10;
-    bits r = {.u = (rest << 13) + (112u << 23)}; /* the exponents' biases, 127 and 15, differ by 112 */
-    if (exponent == 31) r.u = 0x7f800000 | (rest & 0x3ff) << 13;
-    if (exponent == 0) r.f = (float)(int32_t)rest * 0x1p-24f;
-    r.u |= (uint32_t)(v & 0x8000) << 16;
-    return r.f;
-}
-
-static inline uint16_t to_float16(float f) {
-    bits v = {.f = f};
-    uint32_t sign = v.u >> 16 & 0x8000, size = v.u & 0x7fffffff, result;
-    if (size > 0x7f800000)
-        result = 0x7e00;
-    else if (size >= 0x477ff000) /* 65520 and more round to infinity */
-        result = 0x7c00;
-    else if (size < 0x38800000) { /* below 2^-14: a unit of the result is 2^-24, as it is of a float above 0.5 */
-        bits shifted = {.u = size};
-        shifted.f += 0.5f;
-        result = shifted.u - 0x3f000000;
-    } else
-        result = (size + 0xfff + (size >> 13 & 1) - (112u << 23)) >> 13;
-    return (uint16_t)(sign | result);
-}
-
-static void sum_rows(void *out, const void *const *rows, int num_rows, int64_t width, int dtype) {
-    float sum[SUM_BLOCK];
-    for (int64_t start = 0; start < width; start += SUM_BLOCK) {
-        int n = (int)(width - start < SUM_BLOCK ? width - start : SUM_BLOCK);
-        for (int i = 0; i < n; i++) sum[i] = 0.0f;
-        for (int r = 0; r < num_rows; r++) {
-            const float *f = (const float *)rows[r] + start;
-            const uint16_t *h = (const uint16_t *)rows[r] + start;
-            if (dtype == FLOAT32)
-                for (int i = 0; i < n; i++) sum[i] += f[i];
-            else if (dtype == BFLOAT16)
-                for (int i = 0; i < n; i++) sum[i] += from_bfloat16(h[i]);
-            else
-                for (int i = 0; i < n; i++) sum[i] += from_float16(h[i]);
-        }
-        float *f = (float *)out + start;
-        uint16_t *h = (uint16_t *)out + start;
-        if (dtype == FLOAT32)
-            for (int i = 0; i < n; i++) f[i] = sum[i];
-        else if (dtype == BFLOAT16)
-            for (int i = 0; i < n; i++) h[i] = to_bfloat16(sum[i]);
-        else
-            for (int i = 0; i < n; i++) h[i] = to_float16(sum[i]);
-    }
 }
 
 /* ------------------------------------------------------------------ what Python calls */
