@@ -90,18 +90,11 @@ class SequenceMemory:
         Returns the copies of states and of blocks that must precede its next forward pass, or None, with
         nothing changed, where blocks or a slot lack.
         """
-        # Looking a long prompt up costs time: not again before something has changed for the better.
-        free, refused = self.tree.num_available_blocks, self._refused
-        if (
-            refused is not None
-            and refused.sequence is sequence
-            and refused.num_released == self._num_released
-            and refused.num_tokens <= num_tokens
-            and refused.num_free >= free
-        ):
+        if self._is_still_refused(sequence, num_tokens):
             return None
         found = self._lookup(sequence, num_tokens, beside_others)
         if found is None:
+            free = self.tree.num_available_blocks
             self._refused = _Refused(sequence, num_tokens, self._num_released, free)
             return None
         match, needed = found
@@ -128,6 +121,17 @@ class SequenceMemory:
         states = [(source_slot, sequence.state_slot)]
         blocks = [(source_block, sequence.block_table[len(match.path)])] if source_block else []
         return [c for c in states if c[0] and c[0] != c[1]], [c for c in blocks if c[0] != c[1]]
+
+    def _is_still_refused(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Looking a long prompt up costs time: not again before something has changed for the better."""
+        refused = self._refused
+        return (
+            refused is not None
+            and refused.sequence is sequence
+            and refused.num_tokens <= num_tokens
+            and refused.num_released == self._num_released
+            and refused.num_free >= self.tree.num_available_blocks
+        )
 
     # ----------------------------------------------------------------- while it runs
 
