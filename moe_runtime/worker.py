@@ -28,6 +28,7 @@ from moe_runtime.memory import plan_rank_caches
 from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
+from moe_runtime.profiling import work_space_bytes
 from moe_runtime.rank_spec import RankReport, RankSpec, RankStats
 from moe_runtime.runner import Runner
 from moe_runtime.scheduler import Scheduler, SchedulerConfig
@@ -97,7 +98,12 @@ class RankWorker:
 
         specs = model.cache_specs()
         self._cache_plan, self._max_model_len = plan_rank_caches(
-            specs, config, self._device, facts.max_position_embeddings, spec.ranks_on_node
+            specs,
+            config,
+            self._device,
+            facts.max_position_embeddings,
+            spec.ranks_on_node,
+            work_space_bytes(model, config, spec.placement.num_ranks, len(experts), self._device),
         )
         self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._runner = Runner(

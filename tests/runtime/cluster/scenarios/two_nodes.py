@@ -1,6 +1,10 @@
-"""Two Ray nodes on one machine: EP=2 with a rank on each gives the tokens of EP=1."""
+"""Two Ray nodes on one machine: EP=2 with a rank on each gives the tokens of EP=1, to two drivers at once."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import ray
@@ -8,6 +12,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 from moe_runtime import LLM, SamplingParams
+from moe_runtime.cli.main import main as command
 from moe_runtime.errors import PlacementError
 
 PROMPTS = ["The experts of this model", "a", "Once upon a time there was"]
@@ -33,6 +38,42 @@ def tokens(strategy: str, ranks: int, nodes: int) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+_OTHER_DRIVER = """
+import sys
+from moe_runtime import LLM, SamplingParams
+llm = LLM.connect("shared")
+params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+for _ in range(3):
+    outputs = llm.generate(sys.argv[1:], params, use_tqdm=False)
+print([list(output.outputs[0].token_ids) for output in outputs])
+llm.shutdown()
+"""
+
+
+def check_two_drivers(address: str, expected: list[list[int]]) -> None:
+    """One deployment over both nodes, two drivers at once: each gets its own answers."""
+    with LLM(
+        name="shared",
+        expert_parallel_size=2,
+        placement_strategy="STRICT_SPREAD",
+        device="cpu",
+        dtype="float32",
+        use_tqdm=False,
+    ) as llm:
+        other = subprocess.Popen(
+            [sys.executable, "-c", _OTHER_DRIVER, *reversed(PROMPTS)],
+            env={**os.environ, "RAY_ADDRESS": address},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        while other.poll() is None:
+            outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == expected
+        assert other.stdout is not None
+        assert other.stdout.read().strip() == str(expected[::-1])
+    assert command(["stop", "shared"]) == 0
+
+
 def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
@@ -46,6 +87,7 @@ def main() -> None:
             PlacementError, match="needs a node with CPUs for each of 3 ranks, the cluster has 2"
         ):
             tokens("STRICT_SPREAD", ranks=3, nodes=3)
+        check_two_drivers(cluster.address, alone)
         left = {key: g["state"] for key, g in placement_group_table().items() if g["state"] != "REMOVED"}
         assert not left, f"placement groups left: {left}"
     finally:
