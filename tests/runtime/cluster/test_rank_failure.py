@@ -13,7 +13,7 @@ import psutil
 import pytest
 import ray
 
-from moe_runtime import LLM, SamplingParams, llm
+from moe_runtime import LLM, SamplingParams, deployment
 from moe_runtime.engine import Engine
 from moe_runtime.errors import EngineDeadError, RankFailedError
 from tests.runtime.cluster.program import SCENARIOS, running
@@ -54,7 +54,7 @@ def test_a_killed_rank_is_named() -> None:
 
 def test_an_exception_in_a_forward_pass_names_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = "tests.runtime.cluster.failing_worker:FailingWorker"
-    monkeypatch.setattr(llm, "Engine", functools.partial(Engine, worker=worker))
+    monkeypatch.setattr(deployment, "Engine", functools.partial(Engine, worker=worker))
     with LLM(expert_parallel_size=2, device="cpu", use_tqdm=False) as model:
         pid = model.ranks[1].pid
         message = _fail_while_generating(model, lambda: None)

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from moe_runtime import engine, llm
+from moe_runtime import LLM, engine, frontend
 from moe_runtime.cli.main import main
 from moe_runtime.ranks import Ranks
 
@@ -32,8 +32,8 @@ def announce(owner: Any, name: str, moment: str) -> None:
 
 
 def announce_calls() -> None:
-    """Have the calls that ranks get print their method, as "@load"; "@generate" comes with its first item."""
-    locate, stream = Ranks.locate, Ranks.stream
+    """Have the calls that ranks get print their method, as "@load"; "@generate" comes with the first token."""
+    locate, stream, generate = Ranks.locate, Ranks.stream, LLM.stream
 
     def announced_locate(self: Ranks) -> Any:
         print("@create", flush=True)
@@ -42,18 +42,21 @@ def announce_calls() -> None:
         return addresses
 
     def announced_stream(self: Ranks, method: str, *args: Any) -> Any:
-        if method != "generate":
-            print(f"@{method}", flush=True)
-        for number, item in enumerate(stream(self, method, *args)):
-            if method == "generate" and number == 0:
+        print(f"@{method}", flush=True)
+        return stream(self, method, *args)
+
+    def announced_generate(self: LLM, *args: Any) -> Any:
+        for number, item in enumerate(generate(self, *args)):
+            if number == 0:
                 print("@generate", flush=True)
             yield item
 
     Ranks.locate, Ranks.stream = announced_locate, announced_stream  # type: ignore[method-assign]
+    LLM.stream = announced_generate  # type: ignore[method-assign]
 
 
 announce(ray, "init", "connect")
-announce(llm, "inspect_model", "inspect")
+announce(frontend, "inspect_model", "inspect")
 announce(engine.Placement, "reserve", "reserve")
 announce(Ranks, "call_one", "join")
 announce_calls()
