@@ -50,6 +50,7 @@ LAYERS = [
     "moe_runtime.frontend",
     # the faces
     "moe_runtime.llm moe_runtime.async_llm",
+    "moe_runtime.bench",
     "moe_runtime.cli",
     "moe_runtime.__main__",
 ]
