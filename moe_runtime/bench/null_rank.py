@@ -7,14 +7,15 @@ import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, cast
+from statistics import median
+from typing import cast
 
 import torch
 
 from moe_kernels.device import DeviceProfile
 from moe_models.interfaces import CausalLM, TokenDispatcher
 from moe_runtime.bench.null_model import NullModel
-from moe_runtime.bench.step_clock import StepClock
+from moe_runtime.bench.step_clock import Moment, StepClock, now
 from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.delivery import Delivery
@@ -57,7 +58,8 @@ class RankMeasurement:
     """What the rank's process sends back."""
 
     device: str
-    part_us: dict[str, float]  # median microseconds a step, by part
+    wall_us: dict[str, float]  # median microseconds a step, by part
+    cpu_us: dict[str, float]  # the same of the CPU time of the loop's thread
     cpu_share: dict[str, float]  # of the rank's threads, by name
 
 
@@ -82,7 +84,10 @@ def serve_null_rank(parent: Connection, case: OverheadCase) -> None:
     server.close()
     parent.send(
         RankMeasurement(
-            device=str(DeviceProfile.query("cpu")), part_us=clock.medians_us(), cpu_share=clock.cpu_share
+            device=str(DeviceProfile.query("cpu")),
+            wall_us=clock.wall_us(),
+            cpu_us=clock.cpu_us(),
+            cpu_share=clock.cpu_share,
         )
     )
 
@@ -137,21 +142,21 @@ class _TimedRunner:
         self._case = case
         self._clock = clock
         self._runner = Runner(cast(CausalLM, model), (), block_size=BLOCK_SIZE, vocab_size=case.vocab_size)
-        self._reached_model = 0.0
-        model.register_forward_pre_hook(self._reach_model)
+        self._began: Moment = (0.0, 0.0)
+        model.register_forward_pre_hook(lambda *_: self._next_part("batch building"))
 
     def run(self, step: ScheduledStep, dispatcher: TokenDispatcher) -> StepResult:
-        began = time.perf_counter()
+        self._began = now()
         result = self._runner.run(step, dispatcher)
-        self._clock.add("sampling", time.perf_counter() - self._reached_model)
-        self._clock.add("batch building", self._reached_model - began)
+        self._next_part("sampling")
         batch = self._model.batch
         if batch is not None and batch.num_decodes == batch.num_seqs == self._case.num_seqs:
             self._clock.count()
         return result
 
-    def _reach_model(self, *_: Any) -> None:
-        self._reached_model = time.perf_counter()
+    def _next_part(self, part: str) -> None:
+        self._clock.add(part, self._began)
+        self._began = now()
 
 
 def agree_over_gloo(parent: Connection, rank: int, num_ranks: int, num_rounds: int) -> None:
@@ -171,6 +176,5 @@ def agree_over_gloo(parent: Connection, rank: int, num_ranks: int, num_rounds: i
         began = time.perf_counter()
         groups.agree([1, 1, 0])
         seconds.append(time.perf_counter() - began)
-    seconds.sort()
-    parent.send(1e6 * seconds[num_rounds // 2])
+    parent.send(1e6 * median(seconds))
     groups.leave()

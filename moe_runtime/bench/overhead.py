@@ -15,34 +15,25 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from statistics import median
 from typing import Any
 
 from moe_runtime.bench.null_rank import (
     BLOCK_SIZE,
-    NUM_WARMUP_STEPS,
     OverheadCase,
     RankMeasurement,
     agree_over_gloo,
     serve_null_rank,
 )
 from moe_runtime.bench.report import Report, TextTable, load_average
+from moe_runtime.bench.step_clock import now
 from moe_runtime.client import EngineClient
 from moe_runtime.errors import ConfigError, EngineDeadError, MoeRuntimeError
 from moe_runtime.outputs import Ledger
 from moe_runtime.request import EngineRequest, OutputDelta, SamplingParams
 
 # Of the rank's loop, in the order in which they come.
-RANK_PARTS = (
-    "mail",
-    "scheduling",
-    "batch building",
-    "sampling",
-    "detokenising",
-    "delivery",
-    "other",
-)
-_SAMPLING = {
+RANK_PARTS = ("mail", "scheduling", "batch building", "sampling", "detokenising", "delivery", "other")
+_SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "top-p": {"temperature": 0.8, "top_p": 0.9, "top_k": 50},
 }
@@ -135,8 +126,10 @@ def measure_case(case: OverheadCase) -> tuple[str, dict[str, Any]]:
         "vocab_size": case.vocab_size,
         "sampling": case.sampling,
         "num_steps": case.num_steps,
-        "step_us": round(rank.part_us["step"], 1),
-        "parts_us": {part: round(rank.part_us[part], 1) for part in RANK_PARTS},
+        "step_us": round(rank.wall_us["step"], 1),
+        "parts_us": {part: round(rank.wall_us[part], 1) for part in RANK_PARTS},
+        "step_cpu_us": round(rank.cpu_us["step"], 1),
+        "parts_cpu_us": {part: round(rank.cpu_us[part], 1) for part in RANK_PARTS},
         "cpu_share": {name: round(share, 4) for name, share in sorted(rank.cpu_share.items())},
         **driver.result(),
     }
@@ -164,13 +157,13 @@ class _TimedClient(EngineClient):
     """Notes when a message came, and how long decoding it and handing it out took."""
 
     def __init__(self, addresses: Sequence[tuple[str, int]], key: bytes, block_size: int) -> None:
-        self.messages: list[tuple[float, float]] = []  # (arrival, seconds that it took)
+        self.messages: list[tuple[float, float]] = []  # (arrival, CPU seconds that it took)
         super().__init__(addresses, key, block_size)
 
     def _handle(self, data: bytes) -> None:
-        began = time.perf_counter()
+        arrival, began = now()
         super()._handle(data)
-        self.messages.append((began, time.perf_counter() - began))
+        self.messages.append((arrival, time.thread_time() - began))
 
 
 class _Driver:
@@ -197,15 +190,15 @@ class _Driver:
             item = self._arrived.get()
             if isinstance(item, MoeRuntimeError):
                 raise item
-            began = time.perf_counter()
+            began = time.thread_time()
             for delta in item:
                 self._ledger.apply(delta)
                 self._num_tokens += len(delta.new_token_ids)
-            now = time.perf_counter()
+            arrival, ended = now()
             if self._num_tokens >= settled:
-                self._first = self._first if self._first[1] else (now, self._num_tokens)
-                self._last = (now, self._num_tokens)
-                self._ledger_s += now - began
+                self._first = self._first if self._first[1] else (arrival, self._num_tokens)
+                self._last = (arrival, self._num_tokens)
+                self._ledger_s += ended - began
 
     def result(self) -> dict[str, Any]:
         """Numbers as seen from outside, and what the driver itself spent."""
@@ -239,19 +232,19 @@ def _requests(case: OverheadCase) -> list[EngineRequest]:
 
 
 def _table(results: list[dict[str, Any]], gloo_us: float) -> TextTable:
-    columns = ("vocabulary", "sampling", "sequences", "step", *RANK_PARTS, "outside", "decode", "ledger")
+    columns = ("case", "step", "step CPU", *RANK_PARTS, "outside", "decode", "ledger")
     rows = [
         (
-            f"{r['vocab_size']:,}",
-            r["sampling"],
-            str(r["num_seqs"]),
-            f"{r['step_us']:,.0f}",
-            *(f"{r['parts_us'][part]:,.0f}" for part in RANK_PARTS),
+            f"{r['num_seqs']} {r['sampling']} of {r['vocab_size']:,}",
+            *(f"{r[key]:,.0f}" for key in ("step_us", "step_cpu_us")),
+            *(f"{r['parts_cpu_us'][part]:,.0f}" for part in RANK_PARTS),
             f"{r['step_us_outside']:,.0f}",
-            f"{r['driver_us']['decoding']:,.0f}",
-            f"{r['driver_us']['ledger']:,.0f}",
+            *(f"{r['driver_us'][part]:,.0f}" for part in ("decoding", "ledger")),
         )
         for r in results
     ]
-    title = f"Median microseconds a step; with 2 ranks over gloo agreeing adds {gloo_us:.0f}"
+    title = (
+        "Microseconds a step (medians; parts in CPU time of their thread, the last two in the driver); "
+        f"with 2 ranks over gloo agreeing adds {gloo_us:.0f}"
+    )
     return TextTable(title=title, columns=columns, rows=tuple(rows))

@@ -131,7 +131,7 @@ def _measure(
     for number in range(workload.num_rounds):
         batch = prompts()
         outputs = {}
-        order = list(generators) if number % 2 == 0 else list(reversed(generators))
+        order = list(generators)[:: -1 if number % 2 else 1]
         for name in order:
             began = time.perf_counter()
             outputs[name] = generators[name](batch, workload.output_len)
@@ -154,7 +154,7 @@ def _result(
         }
         for taken in seconds.values()
     )
-    result = {
+    result: dict[str, Any] = {
         "concurrency": concurrency,
         "output_tokens": output_tokens,  # of one round
         "total_tokens": total_tokens,
