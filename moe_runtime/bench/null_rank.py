@@ -30,6 +30,7 @@ from moe_runtime.transport.rank_server import RankServer
 
 LOOPBACK = "127.0.0.1"
 NUM_WARMUP_STEPS = 10
+SLACK_STEPS = 64  # that a case's requests go on for after what is measured
 BLOCK_SIZE = 16
 _MAX_BATCHED_TOKENS = 2048
 _GLOO_TIMEOUT_S = 60.0
@@ -50,7 +51,7 @@ class OverheadCase:
     def max_tokens(self) -> int:
         """Tokens of a request: enough for all sequences to run together until the measurement is over."""
         prefill_steps = -(-self.num_seqs * self.prompt_len // (_MAX_BATCHED_TOKENS - self.num_seqs))
-        return 2 * prefill_steps + NUM_WARMUP_STEPS + self.num_steps + 64
+        return 2 * prefill_steps + NUM_WARMUP_STEPS + self.num_steps + SLACK_STEPS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from moe_runtime.bench.null_rank import (
     BLOCK_SIZE,
+    SLACK_STEPS,
     OverheadCase,
     RankMeasurement,
     agree_over_gloo,
@@ -180,13 +181,14 @@ class _Driver:
         self._last = (0.0, 0)
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Return once `until` is true; requests still open are aborted."""
+        """Return once `until` is true and half as many steps as wanted were seen from here."""
         case = self._case
         for request in _requests(case):
             self._ledger.add(request.request_id, None, [request])
             self._client.submit([request], self._arrived.put)
-        settled = case.num_seqs * (case.max_tokens - case.num_steps - 64)
-        while not until():
+        settled = case.num_seqs * (case.max_tokens - case.num_steps - SLACK_STEPS)
+        enough = case.num_seqs * (case.num_steps // 2 + 1)
+        while self._last[1] - self._first[1] < enough or not until():
             item = self._arrived.get()
             if isinstance(item, MoeRuntimeError):
                 raise item

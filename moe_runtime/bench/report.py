@@ -90,7 +90,7 @@ def publish(report: Report, save_result: str | None) -> None:
     for table in report.tables:
         shown = Table(title=table.title, title_justify="left")
         for index, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if index else "left")
+            shown.add_column(column, justify="right" if index else "left", no_wrap=not index)
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
