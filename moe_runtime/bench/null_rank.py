@@ -29,7 +29,6 @@ from moe_runtime.transport.mailbox import Mailbox
 from moe_runtime.transport.rank_server import RankServer
 
 LOOPBACK = "127.0.0.1"
-NUM_WARMUP_STEPS = 10
 SLACK_STEPS = 64  # that a case's requests go on for after what is measured
 BLOCK_SIZE = 16
 _MAX_BATCHED_TOKENS = 2048
@@ -44,6 +43,7 @@ class OverheadCase:
     vocab_size: int
     sampling: str  # "greedy" or "top-p"
     num_steps: int  # to measure
+    num_warmup_steps: int  # before that, with all sequences running
     prompt_len: int
     threads: int  # of torch in the rank
 
@@ -51,7 +51,7 @@ class OverheadCase:
     def max_tokens(self) -> int:
         """Tokens of a request: enough for all sequences to run together until the measurement is over."""
         prefill_steps = -(-self.num_seqs * self.prompt_len // (_MAX_BATCHED_TOKENS - self.num_seqs))
-        return 2 * prefill_steps + NUM_WARMUP_STEPS + self.num_steps + SLACK_STEPS
+        return 2 * prefill_steps + self.num_warmup_steps + self.num_steps + SLACK_STEPS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def serve_null_rank(parent: Connection, case: OverheadCase) -> None:
     key = secrets.token_bytes(32)
     mailbox = Mailbox(0)
     server = RankServer(LOOPBACK, key, mailbox)
-    clock = StepClock(NUM_WARMUP_STEPS, case.num_steps, on_enough=lambda: parent.send("enough"))
+    clock = StepClock(case.num_warmup_steps, case.num_steps, on_enough=lambda: parent.send("enough"))
     loop = _make_loop(case, mailbox, server, clock)
     parent.send((server.address, key))
 

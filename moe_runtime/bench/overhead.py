@@ -69,18 +69,24 @@ class OverheadWorkload:
     def cases(self) -> list[OverheadCase]:
         """Greedy everywhere; with a large vocabulary also drawing from what top-k and top-p leave."""
         return [
-            OverheadCase(
-                num_seqs=num_seqs,
-                vocab_size=vocab_size,
-                sampling=sampling,
-                num_steps=self.num_steps if vocab_size < _LARGE_VOCABULARY else -(-self.num_steps // 20),
-                prompt_len=self.prompt_len,
-                threads=self.threads,
-            )
+            self._case(num_seqs, vocab_size, sampling)
             for vocab_size in self.vocab_sizes
             for sampling in (("greedy", "top-p") if vocab_size >= _LARGE_VOCABULARY else ("greedy",))
             for num_seqs in self.num_seqs
         ]
+
+    def _case(self, num_seqs: int, vocab_size: int, sampling: str) -> OverheadCase:
+        # Where a step may take seconds: few steps, and prompts so short that few more are needed to start.
+        is_slow = vocab_size >= _LARGE_VOCABULARY
+        return OverheadCase(
+            num_seqs=num_seqs,
+            vocab_size=vocab_size,
+            sampling=sampling,
+            num_steps=-(-self.num_steps // 20) if is_slow else self.num_steps,
+            num_warmup_steps=2 if is_slow else 10,
+            prompt_len=min(self.prompt_len, 4) if is_slow else self.prompt_len,
+            threads=self.threads,
+        )
 
 
 def run_overhead(workload: OverheadWorkload) -> Report:
