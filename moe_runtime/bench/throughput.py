@@ -6,6 +6,7 @@ With a peer the two take turns within each round, so that whatever else the mach
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from moe_runtime.request import PromptInput, SamplingParams
 
 if TYPE_CHECKING:
     from moe_runtime.llm import LLM
+
+logger = logging.getLogger(__name__)
 
 PEERS = ("transformers",)
 _WARMUP_TOKENS = 4
@@ -136,6 +139,9 @@ def _measure(
             began = time.perf_counter()
             outputs[name] = generators[name](batch, workload.output_len)
             seconds[name].append(time.perf_counter() - began)
+            logger.info(
+                "%d requests, round %d: %s took %.2f s", concurrency, number + 1, name, seconds[name][-1]
+            )
         num_equal += sum(len(set(map(tuple, tokens))) == 1 for tokens in zip(*outputs.values(), strict=True))
     return _result(seconds, concurrency, workload, num_equal)
 
