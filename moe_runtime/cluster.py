@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
@@ -38,14 +40,18 @@ def ensure_ray(*, must_outlive_us: bool = False) -> bool:
     """
     if ray.is_initialized():
         return False
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(include_dashboard=False, logging_level="error")
+        _init_ray()
     except ConnectionError:
         # The address that an earlier Ray left behind leads nowhere. An address that the user gave is not ours
         # to overrule.
         if os.environ.get("RAY_ADDRESS"):
             raise
-        ray.init(address="local", include_dashboard=False, logging_level="error")
+        _init_ray(address="local")
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put a handler of its own there, which dumps its stack on SIGTERM.
+        signal.signal(signal.SIGTERM, handler if callable(handler) else _leave)
     # Ray says nowhere else whether `init` found a cluster or started one.
     if must_outlive_us and ray._private.worker._global_node.is_head():
         ray.shutdown()
@@ -54,6 +60,29 @@ def ensure_ray(*, must_outlive_us: bool = False) -> bool:
             "`ray start --head`, or set RAY_ADDRESS"
         )
     return True
+
+
+def _init_ray(**options: str) -> None:
+    """`ray.init` that leaves nothing behind when it is interrupted.
+
+    Ray ends the servers that it has started by then, but not the agents that those have started, which need
+    a minute to notice.
+    """
+    ours = psutil.Process()
+    before = ours.children(recursive=True)
+    try:
+        ray.init(include_dashboard=False, logging_level="error", **options)
+    except BaseException:
+        for process in set(ours.children(recursive=True)).difference(before):
+            with contextlib.suppress(psutil.Error):
+                if "ray" in " ".join(process.cmdline()):
+                    process.kill()
+        raise
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """On SIGTERM: end as on an exception, so that ranks and Ray are ended too."""
+    sys.exit(128 + signum)
 
 
 def resolve_device(device: str) -> str:

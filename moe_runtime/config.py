@@ -12,7 +12,8 @@ from moe_runtime.errors import ConfigError, did_you_mean, refuse_unknown
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "dispatcher": ("auto", "all_to_all", "all_gather"),
+    "dispatcher": ("auto", "all_to_all", "all_gather", "shared_memory"),
+    "scheduling_policy": ("fcfs", "priority"),
     "placement_strategy": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
 }
 _AT_LEAST_ONE = (
@@ -23,6 +24,8 @@ _AT_LEAST_ONE = (
     "block_size",
     "kv_cache_memory_bytes",
     "threads_per_rank",
+    "max_waiting",
+    "state_checkpoint_interval",
 )
 _POSITIVE = ("inspection_timeout_s", "process_group_timeout_s", "placement_timeout_s")
 
@@ -37,6 +40,16 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's, or what fits
     max_num_seqs: int = 256  # sequences a rank runs at once
     max_num_batched_tokens: int = 2048  # tokens a rank computes in one step
+    max_waiting: int | None = (
+        None  # requests that may wait on a rank before more are refused; None: any number
+    )
+    scheduling_policy: str = "fcfs"  # who runs first: by arrival, or by the request's priority and arrival
+    enable_prefix_caching: bool = (
+        True  # prompts skip what an earlier one with the same beginning has computed
+    )
+    state_checkpoint_interval: int | None = (
+        None  # tokens of a prompt between kept DeltaNet states; None: derived
+    )
     block_size: int = 16  # tokens in one KV cache block
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, caches and work space
     kv_cache_memory_bytes: int | None = None  # bytes a rank for KV blocks and state slots
@@ -68,6 +81,10 @@ class EngineConfig:
                 f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization!r}"
             )
 
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigError(
+                f"enable_prefix_caching must be True or False, got {self.enable_prefix_caching!r}"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "

@@ -66,6 +66,10 @@ class InspectionCrashError(InspectionError):
     """The inspecting process died of a signal or left without a result."""
 
 
+class QueueFullError(MoeRuntimeError):
+    """Too many requests wait; this one was refused and may be sent again later."""
+
+
 class RankFailedError(MoeRuntimeError):
     """A rank raised an exception, died or stopped answering; every request in flight ended with it."""
 

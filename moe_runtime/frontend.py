@@ -151,6 +151,7 @@ class Frontend:
                 params=params if index == 0 else replace(params, prompt_logprobs=None),
                 seed=seed,
                 eos_token_ids=self._eos_token_ids,
+                priority=priority,
             )
             for index in range(params.n)
         ]

@@ -13,8 +13,8 @@ from moe_runtime.config import EngineConfig
 
 # On a CPU caches compete with everything else on the machine: a quarter of what is free, and not more than this.
 _CPU_BUDGET_BYTES = 4 << 30
-# On a GPU, left free for activations, workspaces and the collectives' buffers.
-_GPU_RESERVE_SHARE = 0.05
+# On a GPU, left free beside the measured peak: fragments, and buffers that the collectives allocate later.
+_GPU_RESERVE_SHARE = 0.02
 
 
 def plan_rank_caches(
@@ -23,15 +23,19 @@ def plan_rank_caches(
     device: torch.device,
     model_length: int,
     ranks_on_node: int,
+    work_space_bytes: int,
 ) -> tuple[CachePlan, int]:
     """Sizes of this rank's caches, and `max_model_len`; called once the weights are in memory.
 
     A length that the user gave must fit. The model's own is lowered to what fits.
 
+    Args:
+        work_space_bytes: what a step of the worst kind allocates on the device beside weights and caches.
+
     Raises:
         ConfigError: the budget does not hold one sequence of the length that was asked for.
     """
-    budget = config.kv_cache_memory_bytes or _default_budget(config, device, ranks_on_node)
+    budget = config.kv_cache_memory_bytes or _default_budget(config, device, ranks_on_node, work_space_bytes)
     length = min(config.max_model_len or model_length, model_length)
     if config.max_model_len is None:
         length = min(length, _longest(specs, budget, config.block_size) or length)
@@ -41,16 +45,19 @@ def plan_rank_caches(
         max_num_seqs=config.max_num_seqs,
         max_model_len=length,
         budget_bytes=budget,
+        prefix_caching=config.enable_prefix_caching,
     )
     return plan, length
 
 
-def _default_budget(config: EngineConfig, device: torch.device, ranks_on_node: int) -> int:
+def _default_budget(
+    config: EngineConfig, device: torch.device, ranks_on_node: int, work_space_bytes: int
+) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         used_by_us_and_others = total - free
         usable = (config.gpu_memory_utilization - _GPU_RESERVE_SHARE) * total
-        return max(0, int(usable) - used_by_us_and_others)
+        return max(0, int(usable) - used_by_us_and_others - work_space_bytes)
     return min(_CPU_BUDGET_BYTES, psutil.virtual_memory().available // 4 // ranks_on_node)
 
 

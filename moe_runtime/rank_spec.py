@@ -47,6 +47,5 @@ class RankStats:
     """What a rank has done since it began to serve, and what it holds now."""
 
     rank: int
-    num_running: int
-    num_waiting: int
-    loop: dict[str, float]  # LoopStats by name
+    scheduler: dict[str, int]  # SchedulerStats by name: running, waiting, preemptions, prefix hits, cache use
+    loop: dict[str, float]  # LoopStats by name: steps, tokens, seconds of each part

@@ -216,6 +216,7 @@ class EngineRequest:
     seed: int  # of the whole request: the params' own, or one that the driver drew
     eos_token_ids: tuple[int, ...] = ()
     arrival_time: float = 0.0  # seconds of the driver's time.monotonic
+    priority: int = 0  # the lower, the sooner; counts where the scheduling policy is "priority"
 
     @property
     def key(self) -> tuple[str, int]:

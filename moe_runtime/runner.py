@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
 from moe_models.interfaces import CausalLM, LayerCache, TokenDispatcher
-from moe_runtime.batching import build_batch
+from moe_runtime.batching import BatchBuilder
+from moe_runtime.cache.copies import copy_blocks, copy_states
 from moe_runtime.sampling import Sampler, SamplingBatch, SamplingRow, prompt_logprobs
 from moe_runtime.sampling.logprobs import RankedLogprobs
-from moe_runtime.scheduler import ScheduledEntry, ScheduledStep, Sequence
+from moe_runtime.scheduler import ScheduledStep, Sequence
 
 # Logits of a long prompt chunk are made in parts: 64 MB of float32 at a time.
 _LOGITS_AT_ONCE = 1 << 24
@@ -34,49 +34,64 @@ class Runner:
     ) -> None:
         self._model = model
         self._caches = caches
-        self._block_size = block_size
         self._logits_rows_at_once = max(1, _LOGITS_AT_ONCE // vocab_size)
         self._device = next(model.parameters()).device
+        self._batches = BatchBuilder(block_size, self._device)
         self._sampler = Sampler()
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep, dispatcher: TokenDispatcher) -> StepResult:
         """Run a step; one without entries still takes part in the ranks' collectives."""
-        batch = build_batch(step, self._block_size, self._device)
+        if step.state_copies:
+            copy_states(self._caches, step.state_copies)
+        if step.block_copies:
+            copy_blocks(self._caches, step.block_copies)
+        batch = self._batches.build(step)
         hidden_TH = self._model(batch, self._caches, dispatcher)
-        last_rows = [
-            end - 1
-            for entry, end in zip(step.entries, accumulate(batch.query_lens), strict=True)
-            if entry.needs_logits
-        ]
-        if not last_rows:
-            return StepResult([], [], self._prompt_logprobs(step, hidden_TH))
-        rows = torch.tensor(last_rows, device=self._device)
-        sampling = SamplingBatch(tuple(_sampling_row(sequence) for sequence in step.sampled))
-        sampled = self._sampler(self._model.compute_logits(hidden_TH[rows]), sampling)
-        return StepResult(sampled.token_ids, sampled.logprobs, self._prompt_logprobs(step, hidden_TH))
+        prompts = self._prompt_logprobs(step, hidden_TH) if step.chunks else {}
+        if not step.sampled:
+            return StepResult([], [], prompts)
+        sampling = SamplingBatch(tuple([_sampling_row(sequence) for sequence in step.sampled]))
+        sampled = self._sampler(self._model.compute_logits(self._last_rows(step, hidden_TH)), sampling)
+        return StepResult(sampled.token_ids, sampled.logprobs, prompts)
+
+    def _last_rows(self, step: ScheduledStep, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """The rows of `step.sampled`: each decode's one token, and the last token of each finished prompt."""
+        if not step.chunks:
+            return hidden_TH
+        rows = list(range(step.num_decodes))
+        end = step.num_decodes
+        for chunk in step.chunks:
+            end += chunk.num_tokens
+            if chunk.needs_logits:
+                rows.append(end - 1)
+        return hidden_TH[torch.tensor(rows, device=self._device)]
 
     def _prompt_logprobs(
         self, step: ScheduledStep, hidden_TH: torch.Tensor
     ) -> dict[Sequence, list[RankedLogprobs]]:
+        """Logprobs of the prompt tokens that the step's chunks predict, but for those that were reported.
+
+        A prompt that was preempted is computed again, its logprobs are not reported again.
+        """
         found: dict[Sequence, list[RankedLogprobs]] = {}
-        start = 0
-        for entry in step.entries:
+        row = step.num_decodes
+        for entry in step.chunks:
             request = entry.sequence.request
             wanted = request.params.prompt_logprobs
-            if wanted is not None and entry.start + 1 < len(request.prompt_token_ids):
-                rows = hidden_TH[start : start + entry.num_tokens]
-                found[entry.sequence] = self._logprobs_of_chunk(entry, rows, wanted)
-            start += entry.num_tokens
+            first = max(entry.start, entry.sequence.num_reported)
+            end = min(entry.start + entry.num_tokens, len(request.prompt_token_ids) - 1)
+            if wanted is not None and first < end:
+                rows = hidden_TH[row + first - entry.start : row + end - entry.start]
+                next_ids = request.prompt_token_ids[first + 1 : end + 1]
+                found[entry.sequence] = self._logprobs_of_rows(rows, next_ids, wanted)
+            row += entry.num_tokens
         return found
 
-    def _logprobs_of_chunk(
-        self, entry: ScheduledEntry, hidden_QH: torch.Tensor, num_best: int
+    def _logprobs_of_rows(
+        self, hidden_QH: torch.Tensor, next_ids: tuple[int, ...], num_best: int
     ) -> list[RankedLogprobs]:
-        """Of the prompt tokens that the chunk's tokens predict: each predicts its successor."""
-        next_ids = entry.sequence.request.prompt_token_ids[
-            entry.start + 1 : entry.start + 1 + entry.num_tokens
-        ]
+        """Of prompt tokens, each predicted by the row of the one before it."""
         found: list[RankedLogprobs] = []
         for start in range(0, len(next_ids), self._logits_rows_at_once):
             ids = next_ids[start : start + self._logits_rows_at_once]
@@ -86,4 +101,9 @@ class Runner:
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:
-    return SamplingRow.of(sequence.request, sequence.output_ids)
+    """Made once a sequence: its lists grow by themselves."""
+    row = sequence.sampling_row
+    if row is None:
+        row = sequence.sampling_row = SamplingRow.of(sequence.request, sequence.output_ids)
+    assert isinstance(row, SamplingRow)
+    return row

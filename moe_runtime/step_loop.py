@@ -17,7 +17,7 @@ from moe_runtime.transport.mailbox import Mailbox
 from moe_runtime.transport.rank_server import RankServer
 from moe_runtime.transport.wire import Refused
 
-_NO_WORK = ScheduledStep((), 0)
+_NO_WORK = ScheduledStep()
 
 
 class StepRunner(Protocol):

@@ -16,16 +16,19 @@ import torch
 
 from moe_kernels.device import DeviceProfile
 from moe_kernels.select import select
-from moe_models.interfaces import ExpertShard
+from moe_models.interfaces import ExpertShard, LayerCacheSpec, StateCacheSpec
 from moe_runtime.building import build_model, model_dtype, read_weights
 from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.pool import allocate
+from moe_runtime.cache.sizing import checkpoint_interval
 from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.delivery import Delivery
 from moe_runtime.errors import ConfigError
 from moe_runtime.memory import plan_rank_caches
+from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
+from moe_runtime.profiling import work_space_bytes
 from moe_runtime.rank_spec import RankReport, RankSpec, RankStats
 from moe_runtime.runner import Runner
 from moe_runtime.scheduler import Scheduler, SchedulerConfig
@@ -70,7 +73,13 @@ class RankWorker:
         size, timeout_s = self._spec.placement.num_ranks, self._config.process_group_timeout_s
         store = self._store if self._spec.rank == 0 else connect_store(meeting_point, size, timeout_s)
         self._groups = ProcessGroups.join(
-            store, self._spec.rank, size, self._node_ip, self._device, timeout_s
+            store,
+            self._spec.rank,
+            size,
+            self._node_ip,
+            self._device,
+            timeout_s,
+            same_host=self._spec.ranks_on_node == size,
         )
 
     # ------------------------------------------------------------------------- loading
@@ -89,7 +98,12 @@ class RankWorker:
 
         specs = model.cache_specs()
         self._cache_plan, self._max_model_len = plan_rank_caches(
-            specs, config, self._device, facts.max_position_embeddings, spec.ranks_on_node
+            specs,
+            config,
+            self._device,
+            facts.max_position_embeddings,
+            spec.ranks_on_node,
+            work_space_bytes(model, config, spec.placement.num_ranks, len(experts), self._device),
         )
         self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._runner = Runner(
@@ -99,10 +113,16 @@ class RankWorker:
             vocab_size=facts.vocab_size,
         )
         self._tokenizer = find_tokenizer(spec.model_files)
-        self._scheduler = self._new_scheduler()
+        self._scheduler = self._new_scheduler(specs)
         self._load = ExpertLoad(len(facts.moe_layers), len(experts), self._device)
+        capacity = StepCapacity(
+            max_tokens=config.max_num_batched_tokens,
+            hidden_size=facts.hidden_size,
+            top_k=facts.num_experts_per_tok,
+            dtype=self._dtype,
+        )
         self._dispatchers, self._dispatcher_reason = make_dispatchers(
-            config.dispatcher, self._groups, spec.placement, facts.num_experts_per_tok, self._device
+            config.dispatcher, self._groups, spec.placement, capacity, self._device
         )
 
     def report(self) -> RankReport:
@@ -166,12 +186,10 @@ class RankWorker:
 
     def stats(self) -> RankStats:
         """What this rank has done and holds now."""
-        scheduler, loop = self._scheduler, self._loop.stats
         return RankStats(
             rank=self._spec.rank,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            loop=dataclasses.asdict(loop),
+            scheduler=dataclasses.asdict(self._scheduler.stats),
+            loop=dataclasses.asdict(self._loop.stats),
         )
 
     def expert_load(self) -> list[list[int]]:
@@ -181,7 +199,7 @@ class RankWorker:
     def _agree(self, values: list[int]) -> list[list[int]]:
         return [values] if self._groups is None else self._groups.agree(values)
 
-    def _new_scheduler(self) -> Scheduler:
+    def _new_scheduler(self, specs: Sequence[LayerCacheSpec]) -> Scheduler:
         config, plan = self._config, self._cache_plan
         return Scheduler(
             SchedulerConfig(
@@ -189,6 +207,13 @@ class RankWorker:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 block_size=config.block_size,
                 max_model_len=self._max_model_len,
+                policy=config.scheduling_policy,
+                max_waiting=config.max_waiting,
+                enable_prefix_caching=config.enable_prefix_caching,
+                has_state=any(isinstance(spec, StateCacheSpec) for spec in specs),
+                state_checkpoint_interval=checkpoint_interval(
+                    specs, config.block_size, config.state_checkpoint_interval
+                ),
             ),
             BlockAllocator(plan.num_blocks, plan.block_size),
             SlotAllocator(plan.num_slots),

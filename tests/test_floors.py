@@ -37,7 +37,7 @@ LAYERS = [
     # a rank: what runs in the next step, running it, and the actor around that
     "moe_runtime.scheduler",
     "moe_runtime.batching moe_runtime.runner",
-    "moe_runtime.building moe_runtime.delivery moe_runtime.memory moe_runtime.rank_spec",
+    "moe_runtime.building moe_runtime.delivery moe_runtime.memory moe_runtime.profiling moe_runtime.rank_spec",
     "moe_runtime.step_loop",
     "moe_runtime.worker",
     # the driver: all ranks at once, and what the user sees of them

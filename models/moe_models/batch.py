@@ -23,12 +23,15 @@ class ForwardBatch:
     positions_T: torch.Tensor  # int64, position of each token in its sequence
     cu_seqlens: torch.Tensor  # int32 [B + 1], where each sequence's tokens start in T
     context_lens_B: torch.Tensor  # int32, tokens of the sequence already in the caches before this step
-    block_tables_BM: torch.Tensor  # int32, KV block ids of each sequence; entries past its length are 0
+    block_tables_BM: torch.Tensor  # int32, KV block ids of each sequence; any valid ids past its length
     kv_slots_T: torch.Tensor  # int64, block_id * block_size + offset: where the token's key and value go
     state_slots_B: torch.Tensor  # int64, slot of the sequence's DeltaNet and convolution state
     query_lens: tuple[int, ...]  # tokens of each sequence in this step
     context_lens: tuple[int, ...]  # the same as context_lens_B
     num_decodes: int  # sequences at the front with query_len == 1 and context_len > 0
+    # (index in B, n, slot): the sequence's state after its first n tokens of this step is written to slot, too.
+    # Only of sequences after the decodes, in order of B and n; no slot is another's.
+    state_checkpoints: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:

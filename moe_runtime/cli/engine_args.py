@@ -15,6 +15,10 @@ _HELP = {
     "max_model_len": "tokens of prompt and output together",
     "max_num_seqs": "sequences that a rank runs at once",
     "max_num_batched_tokens": "tokens that a rank computes in one step",
+    "max_waiting": "requests that may wait on a rank before more are refused",
+    "scheduling_policy": "fcfs: by arrival; priority: by the request's priority, then arrival",
+    "enable_prefix_caching": "let prompts skip what an earlier one with the same beginning has computed",
+    "state_checkpoint_interval": "tokens of a prompt between kept DeltaNet states",
     "block_size": "tokens in a KV cache block",
     "gpu_memory_utilization": "share of a GPU's memory to use",
     "kv_cache_memory_bytes": "bytes a rank for KV blocks and state slots",
@@ -45,8 +49,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("deployment")
     for field in dataclasses.fields(EngineConfig):
         default = "" if field.default is None else f" (default: {field.default})"
+        flag = "--" + field.name.replace("_", "-")
+        if field.type == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=_HELP[field.name] + default)
+            continue
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flag,
             type=_TYPES[str(field.type)],
             metavar="N" if str(field.type) != "str" else field.name.upper(),
             help=_HELP[field.name] + default.replace("%", "%%"),

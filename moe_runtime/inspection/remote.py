@@ -47,6 +47,7 @@ def _run_task(
         reply: dict[str, Any] = ray.get(reference, timeout=timeout_s + _GRACE_S)
         return reply
     except ray.exceptions.GetTimeoutError:
+        ray.cancel(reference, force=True)
         raise errors.InspectionTimeoutError(
             f"the cluster did not run the inspection task within {timeout_s + _GRACE_S:g} s; see `ray status` for "
             f"whether it can start workers"
@@ -57,7 +58,8 @@ def _run_task(
         raise errors.InspectionError(
             f"the inspection task could not run on the cluster (is moe_runtime importable on the workers?): {error}"
         ) from error
-    finally:
-        # A task that has ended is past cancelling; one that still runs, because of the limit or of Ctrl-C, is
-        # killed, and the inspecting process dies with it.
+    except BaseException:  # Ctrl-C: the task is killed, and the inspecting process dies with it
+        # Only a task that still runs: cancelling one whose result has come aborts this process now and then
+        # (`Check failed: Tried to complete task that was not pending`).
         ray.cancel(reference, force=True)
+        raise

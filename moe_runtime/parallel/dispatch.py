@@ -12,10 +12,13 @@ import torch
 
 from moe_models.interfaces import Dispatched, ExpertShard, TokenDispatcher
 from moe_models.local_dispatch import LocalDispatcher
+from moe_runtime.errors import ConfigError
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.parallel.all_gather import AllGatherDispatcher
 from moe_runtime.parallel.all_to_all import AllToAllDispatcher
+from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.groups import ProcessGroups
+from moe_runtime.parallel.shared_memory import SharedMemoryDispatcher
 
 # Above this share of the ranks touched by an average token, copying every token everywhere costs less than
 # asking which rank needs which: an all-to-all has to exchange its counts first.
@@ -41,22 +44,40 @@ class LocalDispatchers:
 
 
 def make_dispatchers(
-    kind: str, groups: ProcessGroups | None, placement: ExpertPlacement, top_k: int, device: torch.device
+    kind: str,
+    groups: ProcessGroups | None,
+    placement: ExpertPlacement,
+    capacity: StepCapacity,
+    device: torch.device,
 ) -> tuple[Dispatchers, str]:
-    """The dispatchers of this rank and one sentence that says why they were chosen."""
+    """The dispatchers of this rank and one sentence that says why they were chosen.
+
+    Raises:
+        ConfigError: `kind` cannot be had here, or there is no memory for its buffers.
+    """
     if groups is None:
         return LocalDispatchers(placement, device), "local: one rank holds every expert"
     if kind == "auto":
-        kind, reason = _choose(placement.num_ranks, top_k, device)
+        kind, reason = _choose(placement.num_ranks, capacity.top_k, device, groups.host is not None)
     else:
         reason = "as configured"
+    if kind == "shared_memory":
+        if groups.host is None or device.type != "cpu":
+            raise ConfigError(
+                "dispatcher='shared_memory' needs CPU ranks that are all on one node, and a C compiler there; "
+                "use dispatcher='auto'"
+            )
+        shared = SharedMemoryDispatcher(groups.host, placement, capacity)
+        return shared, f"{kind}: {reason}; {shared.num_bytes / 1e6:.0f} MB of buffers for all ranks"
     made = (AllGatherDispatcher if kind == "all_gather" else AllToAllDispatcher)(groups, placement, device)
     return made, f"{kind}: {reason}"
 
 
-def _choose(num_ranks: int, top_k: int, device: torch.device) -> tuple[str, str]:
+def _choose(num_ranks: int, top_k: int, device: torch.device, share_memory: bool) -> tuple[str, str]:
     if device.type == "cuda":
         return "all_gather", "fixed shapes, so that a step needs no host synchronisation"
+    if share_memory:
+        return "shared_memory", f"the {num_ranks} ranks are on one host"
     share = 1 - (1 - 1 / num_ranks) ** top_k
     words = f"a token's {top_k} experts touch {share:.0%} of {num_ranks} ranks"
     return ("all_gather" if share >= _ALL_GATHER_FROM_SHARE else "all_to_all"), words

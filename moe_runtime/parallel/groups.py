@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +15,10 @@ import torch
 import torch.distributed as dist
 
 from moe_runtime.errors import PeerLostError
+from moe_runtime.parallel.host_library import MAX_VALUES
+from moe_runtime.parallel.host_link import HostLink, LinkUnavailableError
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -50,12 +56,23 @@ class ProcessGroups:
     size: int
     data: dist.ProcessGroup  # NCCL on GPUs, gloo on CPUs
     control: dist.ProcessGroup  # gloo
+    host: HostLink | None = None  # where all ranks share a host, and can share memory
 
     @classmethod
     def join(
-        cls, store: dist.Store, rank: int, size: int, node_ip: str, device: torch.device, timeout_s: float
+        cls,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        node_ip: str,
+        device: torch.device,
+        timeout_s: float,
+        same_host: bool = False,
     ) -> ProcessGroups:
         """Join all ranks; returns when every one is there.
+
+        Args:
+            same_host: all ranks run on one host: join them by shared memory too, where that can be had.
 
         Raises:
             PeerLostError: not all came within `timeout_s` seconds.
@@ -75,10 +92,20 @@ class ProcessGroups:
             data = dist.group.WORLD
             assert data is not None
             control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else data
-        return cls(rank, size, data, control)
+        groups = cls(rank, size, data, control)
+        if not same_host:
+            return groups
+        try:
+            return dataclasses.replace(groups, host=HostLink.join(rank, size, groups.agree, timeout_s))
+        except LinkUnavailableError as error:
+            if rank == 0:
+                logger.warning("the ranks share a host but not memory, so gloo joins them, slower: %s", error)
+            return groups
 
     def agree(self, values: list[int]) -> list[list[int]]:
         """Every rank's `values` (the same number of whole numbers on each), in rank order."""
+        if self.host is not None and len(values) <= MAX_VALUES:
+            return self.host.agree(values)
         mine = torch.tensor(values, dtype=torch.int64)
         everyone = torch.empty(self.size * len(values), dtype=torch.int64)
         with collective("the agreement before a step"):
@@ -87,6 +114,8 @@ class ProcessGroups:
 
     def leave(self) -> None:
         """End the groups; safe after a failure."""
+        if self.host is not None:
+            self.host.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

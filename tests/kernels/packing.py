@@ -12,7 +12,12 @@ from moe_kernels.sequences import PackedSequences
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
-def pack(query_lens: Sequence[int], context_lens: Sequence[int], num_decodes: int = 0) -> PackedSequences:
+def pack(
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    num_decodes: int = 0,
+    state_checkpoints: Sequence[tuple[int, int, int]] = (),
+) -> PackedSequences:
     """Sequences of these lengths; the caller puts decodes first and counts them."""
     return PackedSequences(
         cu_seqlens=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
@@ -20,6 +25,7 @@ def pack(query_lens: Sequence[int], context_lens: Sequence[int], num_decodes: in
         query_lens=tuple(query_lens),
         context_lens=tuple(context_lens),
         num_decodes=num_decodes,
+        state_checkpoints=tuple(state_checkpoints),
     )
 
 

@@ -67,6 +67,28 @@ def test_a_sequence_in_pieces_equals_one_call(cuts: list[int]) -> None:
     assert torch.equal(state[2], end)
 
 
+def test_checkpoints_hold_the_state_after_their_tokens_and_change_nothing_else() -> None:
+    query_lens, context_lens, slots = [1, 9, 0, 5], [3, 4, 2, 0], [4, 0, 2, 3]
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(15, CHANNELS, generator=generator), torch.randn(CHANNELS, 4, generator=generator)
+    before = torch.randn(9, CHANNELS, 3, generator=generator)
+
+    def run(checkpoints: list[tuple[int, int, int]], lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        state = before.clone()
+        tokens = torch.cat([part[:n] for part, n in zip(x.split(query_lens), lens, strict=True)])
+        sequences = pack(lens, context_lens, 1, checkpoints)
+        return causal_conv1d(tokens, weight, state, torch.tensor(slots), sequences), state
+
+    plain, end = run([], query_lens)
+    # The first token of a chunk, its middle and its end; fewer tokens than the history in a new sequence.
+    out, state = run([(1, 1, 5), (1, 6, 6), (1, 9, 7), (3, 2, 8)], query_lens)
+    assert torch.equal(out, plain)
+    assert torch.equal(state[:5], end[:5])
+    for index, num_tokens, slot in [(1, 1, 5), (1, 6, 6), (1, 9, 7), (3, 2, 8)]:
+        cut = [n if i != index else num_tokens for i, n in enumerate(query_lens)]
+        assert torch.equal(state[slot], run([], cut)[1][slots[index]])
+
+
 def test_no_tokens() -> None:
     empty = torch.empty(0, dtype=torch.int64)
     out = causal_conv1d(

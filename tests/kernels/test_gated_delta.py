@@ -93,6 +93,29 @@ def test_ragged_batch_of_decodes_continued_and_new_sequences() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_checkpoints_hold_the_state_after_their_tokens_and_change_nothing_else(dtype: torch.dtype) -> None:
+    query_lens, context_lens, slots = [1, 90, 0, 30], [3, 4, 2, 0], [4, 0, 2, 3]
+    x = make(sum(query_lens), dtype)
+    state = nan_state(dtype).new_full((9, VALUE_HEADS, KEY_SIZE, VALUE_SIZE), torch.nan)
+    before = torch.randn(state.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for slot in (4, 0, 2):
+        state[slot] = before[slot]
+    # The first token of a chunk, its middle, and its end; the slot between is a new sequence's.
+    checkpoints = [(1, 1, 5), (1, 64, 6), (1, 90, 7), (3, 17, 8)]
+    out = run(x, state, slots, pack(query_lens, context_lens, 1, checkpoints))
+    start = 0
+    for index, (count, context, slot) in enumerate(zip(query_lens, context_lens, slots, strict=True)):
+        first = state.new_tensor(before[slot].tolist()) if context else None
+        wanted, end = recurrence(x.part(start, start + count), first)
+        assert_near(out[start : start + count], wanted)
+        assert_near(state[slot], end)
+        for num_tokens, checkpoint in ((n, s) for i, n, s in checkpoints if i == index):
+            assert_near(state[checkpoint], recurrence(x.part(start, start + num_tokens), first)[1])
+        start += count
+    assert state[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("cuts", [[40], [64], [1, 2, 66], [99]])
 def test_a_sequence_in_pieces_equals_one_call(cuts: list[int], dtype: torch.dtype) -> None:
     x, state = make(100, dtype), nan_state(dtype)

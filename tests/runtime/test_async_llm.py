@@ -49,7 +49,9 @@ async def _last(llm: AsyncLLM, prompt: Any, params: SamplingParams) -> RequestOu
 
 
 async def _idle(llm: AsyncLLM) -> None:
-    while not llm.is_idle or any(stats.num_running + stats.num_waiting for stats in await llm.stats()):
+    while not llm.is_idle or any(
+        stats.scheduler["num_running"] + stats.scheduler["num_waiting"] for stats in await llm.stats()
+    ):
         await asyncio.sleep(0.01)
 
 

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from moe_models.interfaces import KVCache, KVCacheSpec, LayerCacheSpec, StateCache, StateCacheSpec
 from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.pool import allocate
-from moe_runtime.cache.sizing import CachePlan, bytes_per_sequence, bytes_per_token, plan_caches
+from moe_runtime.cache.sizing import (
+    CachePlan,
+    bytes_per_sequence,
+    bytes_per_token,
+    checkpoint_interval,
+    plan_caches,
+)
 from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.errors import ConfigError
 
@@ -23,6 +29,12 @@ DELTA_NET = StateCacheSpec(
     value_size=5,
     conv_dtype=torch.bfloat16,  # 60 bytes
 )  # and 160 bytes of float32 state
+
+
+def _fields(spec: StateCacheSpec) -> dict[str, object]:
+    return {name: getattr(spec, name) for name in spec.__slots__}
+
+
 HYBRID = (DELTA_NET, DELTA_NET, ATTENTION)
 
 
@@ -72,17 +84,45 @@ def test_bytes_of_a_hybrid_model() -> None:
     assert bytes_per_sequence(HYBRID) == 2 * (60 + 160)
 
 
-def plan(specs: tuple[LayerCacheSpec, ...], budget: int, max_num_seqs: int = 4) -> CachePlan:
+def plan(specs: tuple[LayerCacheSpec, ...], budget: int, max_num_seqs: int = 4, **rest: bool) -> CachePlan:
     return plan_caches(
-        specs, block_size=16, max_num_seqs=max_num_seqs, max_model_len=100, budget_bytes=budget
+        specs, block_size=16, max_num_seqs=max_num_seqs, max_model_len=100, budget_bytes=budget, **rest
     )
 
 
 def test_large_budget_gives_what_all_sequences_can_use_and_no_more() -> None:
-    made = plan(HYBRID, 10**9)
+    made = plan(HYBRID, 10**9, prefix_caching=False)
     assert (made.num_blocks, made.num_slots) == (1 + 4 * 7, 1 + 4)
     assert made.bytes == 29 * 16 * 128 + 5 * 440
     assert made.max_tokens == 28 * 16
+
+
+@pytest.mark.parametrize(
+    ("specs", "max_num_seqs", "kept"), [(HYBRID, 4, 32), (HYBRID, 50, 50), ((ATTENTION,), 50, 0)]
+)
+def test_large_budget_has_slots_for_states_that_are_kept(
+    specs: tuple[LayerCacheSpec, ...], max_num_seqs: int, kept: int
+) -> None:
+    assert plan(specs, 10**9, max_num_seqs).num_slots == 1 + max_num_seqs + kept
+    assert plan(specs, 10**9, max_num_seqs, prefix_caching=False).num_slots == 1 + max_num_seqs
+
+
+@pytest.mark.parametrize(
+    ("specs", "block_size", "wanted", "interval"),
+    [
+        (HYBRID, 16, None, 128),  # 440 bytes of state are 4 tokens' keys and values
+        ((StateCacheSpec(**{**_fields(DELTA_NET), "num_heads": 1000}), ATTENTION), 16, None, 640),
+        ((StateCacheSpec(**{**_fields(DELTA_NET), "num_heads": 50_000}), ATTENTION), 16, None, 4096),
+        (HYBRID, 48, None, 144),
+        ((DELTA_NET,), 16, None, 4096),
+        (HYBRID, 16, 20, 32),
+        (HYBRID, 16, 10_000, 10_000),
+    ],
+)
+def test_states_are_kept_where_they_take_as_much_as_the_keys_and_values_between_them(
+    specs: tuple[LayerCacheSpec, ...], block_size: int, wanted: int | None, interval: int
+) -> None:
+    assert checkpoint_interval(specs, block_size, wanted) == interval
 
 
 def test_smallest_budget_holds_one_sequence_and_one_byte_less_is_refused() -> None:
@@ -120,10 +160,6 @@ def test_states_leave_half_of_a_tight_budget_to_blocks() -> None:
     assert made.bytes <= one + 4 * per_state
 
 
-def _fields(spec: StateCacheSpec) -> dict[str, object]:
-    return {name: getattr(spec, name) for name in spec.__slots__}
-
-
 @given(
     st.sampled_from([HYBRID, (ATTENTION,), (DELTA_NET,)]),
     st.integers(1, 300_000),
@@ -148,7 +184,7 @@ def test_plans_stay_within_the_budget_and_serve_one_full_sequence(
         return
     assert made.bytes <= budget
     assert made.max_tokens >= max_model_len
-    assert 2 <= made.num_slots <= max_num_seqs + 1
+    assert 2 <= made.num_slots <= max_num_seqs + 1 + max(max_num_seqs, 32)
     assert made.max_tokens <= max_num_seqs * -(-max_model_len // block_size) * block_size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moe_runtime.experts.placement import ExpertPlacement
+from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups
 
+CPU = torch.device("cpu")
 NUM_EXPERTS = 7  # divides by none of the rank counts
 TOP_K = 3
 HIDDEN = 5  # odd, so that packing has to align
+CAPACITY = StepCapacity(max_tokens=9, hidden_size=HIDDEN, top_k=TOP_K, dtype=torch.float32)
 
 # Tokens of each rank in one step; the first entries are used when there are fewer ranks.
 TOKEN_COUNTS = [(4, 1, 6, 3), (0, 5, 0, 2), (1, 0, 0, 0), (0, 0, 9, 0)]
@@ -52,15 +56,24 @@ def _tokens_or_none(seed: int, count: int, dtype: torch.dtype) -> tuple[torch.Te
     )
 
 
-def _rank_main(rank: int, size: int, kind: str, store_file: str) -> None:
+def _rank_main(rank: int, size: int, store_file: str) -> None:
     store = dist.FileStore(store_file, size)
-    device = torch.device("cpu")
-    groups = ProcessGroups.join(store, rank, size, "127.0.0.1", device, timeout_s=60)
+    groups = ProcessGroups.join(store, rank, size, "127.0.0.1", CPU, timeout_s=60, same_host=True)
+    assert groups.host is not None
+    _check_steps("shared_memory", groups)
+    for kind in ("all_to_all", "all_gather"):
+        _check_steps(kind, dataclasses.replace(groups, host=None))
+    groups.leave()
+
+
+def _check_steps(kind: str, groups: ProcessGroups) -> None:
+    rank, size = groups.rank, groups.size
     placement = ExpertPlacement.contiguous(NUM_EXPERTS, size)
     local_experts = placement.experts_of_rank[rank]
-    dispatchers, _ = make_dispatchers(kind, groups, placement, TOP_K, device)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.3)):
-        load = ExpertLoad(1, len(local_experts), device)
+    dispatchers, reason = make_dispatchers(kind, groups, placement, CAPACITY, CPU)
+    assert reason.startswith(kind)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.3), (torch.float16, 0.05)):
+        load = ExpertLoad(1, len(local_experts), CPU)
         chosen = torch.zeros(NUM_EXPERTS, dtype=torch.int64)
         for step, all_counts in enumerate(TOKEN_COUNTS):
             counts = all_counts[:size]
@@ -68,11 +81,8 @@ def _rank_main(rank: int, size: int, kind: str, store_file: str) -> None:
                 continue
             assert groups.agree([counts[rank], step]) == [[count, step] for count in counts]
             for r, count in enumerate(counts):
-                chosen += (
-                    _tokens_or_none(100 * step + r, count, dtype)[1]
-                    .reshape(-1)
-                    .bincount(minlength=NUM_EXPERTS)
-                )
+                ids = _tokens_or_none(100 * step + r, count, dtype)[1]
+                chosen += ids.reshape(-1).bincount(minlength=NUM_EXPERTS)
             x, ids, weights = _tokens_or_none(100 * step + rank, counts[rank], dtype)
             dispatcher = load.watch(dispatchers.for_step(counts))
             sent = dispatcher.dispatch(x, ids, weights)
@@ -87,26 +97,25 @@ def _rank_main(rank: int, size: int, kind: str, store_file: str) -> None:
             assert out.shape == x.shape
             assert out.dtype == dtype
             torch.testing.assert_close(
-                out.double(), _reference(x, ids, weights), atol=tolerance, rtol=tolerance / 10
+                out.double(),
+                _reference(x, ids, weights),
+                atol=tolerance,
+                rtol=tolerance / 10,
+                msg=lambda text: f"{kind}, {dtype}, step {step}: {text}",  # noqa: B023 - called at once
             )
         assert load.tokens_per_expert()[0].tolist() == chosen[list(local_experts)].tolist()
-    groups.leave()
 
 
-@pytest.mark.parametrize("kind", ["all_to_all", "all_gather"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_dispatch_and_combine_give_the_sum_over_all_ranks_experts(
-    size: int, kind: str, tmp_path: Path
-) -> None:
-    mp.start_processes(
-        _rank_main, args=(size, kind, str(tmp_path / "store")), nprocs=size, start_method="spawn"
-    )
+def test_every_dispatcher_gives_the_sum_over_all_ranks_experts(size: int, tmp_path: Path) -> None:
+    mp.start_processes(_rank_main, args=(size, str(tmp_path / "store")), nprocs=size, start_method="spawn")
 
 
-def test_auto_chooses_by_the_share_of_ranks_that_a_token_touches() -> None:
+def test_auto_chooses_by_host_and_by_the_share_of_ranks_that_a_token_touches() -> None:
     from moe_runtime.parallel.dispatch import _choose
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert _choose(2, 10, cpu)[0] == "all_gather"
-    assert _choose(32, 4, cpu)[0] == "all_to_all"
-    assert _choose(32, 4, cuda)[0] == "all_gather"
+    assert _choose(2, 10, cpu, False)[0] == "all_gather"
+    assert _choose(32, 4, cpu, False)[0] == "all_to_all"
+    assert _choose(32, 4, cpu, True)[0] == "shared_memory"
+    assert _choose(32, 4, cuda, True)[0] == "all_gather"

@@ -168,6 +168,40 @@ def test_bad_prompts_are_refused_and_the_deployment_lives_on(llm: LLM, prompt: o
     assert llm.generate("fine", SamplingParams(max_tokens=1), use_tqdm=False)[0].finished
 
 
+def test_requests_at_the_limits_give_back_all_that_they_held(llm: LLM) -> None:
+    length = llm.ranks[0].max_model_len
+    longest = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    (full,) = llm.generate([[7] * (length - 1)], longest, use_tqdm=False)
+    assert len(full.outputs[0].token_ids) == 1
+    assert full.outputs[0].finish_reason == "length"
+    (one,) = llm.generate([[7, 8]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    assert len(one.outputs[0].token_ids) == 1
+    for stats in llm.stats:
+        held = ("num_running", "num_waiting", "blocks_used", "slots_used")
+        assert [stats.scheduler[name] for name in held] == [0, 0, 0, 0]
+
+
+def test_a_second_request_skips_the_prefix_that_it_shares(llm: LLM) -> None:
+    def counted(prompt: list[int]) -> tuple[int, list[int]]:
+        before = [stats.loop["prompt_tokens"] for stats in llm.stats]
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+        after = [stats.loop["prompt_tokens"] for stats in llm.stats]
+        return int(sum(after) - sum(before)), output.outputs[0].token_ids
+
+    draw = random.Random(5)
+    shared = [draw.randrange(1000) for _ in range(1024)]
+    first, second = [*shared, 1, 2, 3], [*shared, 4, 5]
+    assert counted(first)[0] == 1027
+    computed, tokens = counted(second)
+    assert computed <= 128 + 2
+    with LLM(expert_parallel_size=1, enable_prefix_caching=False, **SETTINGS) as uncached:
+        (output,) = uncached.generate(
+            [second], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False
+        )
+    assert tokens == output.outputs[0].token_ids
+
+
 def test_unknown_arguments_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="'expert_paralel_size'; did you mean 'expert_parallel_size'"):
         LLM(expert_paralel_size=2)

@@ -29,13 +29,13 @@ PROMPT_LENGTHS = (1, 5, 63, 64, 70, 17)
 
 # Every EP size with one variant, and every variant with some EP size; 7 experts divide by none of 2, 3, 4.
 CASES = [
-    ("base", 1),
-    ("equal_heads_odd_experts", 2),
-    ("equal_heads_odd_experts", 3),
-    ("equal_heads_odd_experts", 4),
-    ("tied_no_renorm", 3),
-    ("dense_layers", 2),
-    ("mixed_layer_types", 4),
+    ("base", 1, "auto"),
+    ("equal_heads_odd_experts", 2, "shared_memory"),
+    ("equal_heads_odd_experts", 3, "all_to_all"),
+    ("equal_heads_odd_experts", 4, "auto"),
+    ("tied_no_renorm", 3, "all_gather"),
+    ("dense_layers", 2, "all_to_all"),
+    ("mixed_layer_types", 4, "auto"),
 ]
 
 
@@ -66,9 +66,9 @@ def _check_against_transformers(outputs: list[RequestOutput], model: Any, vocab_
         assert output.outputs[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize(("variant", "ep_size"), CASES)
+@pytest.mark.parametrize(("variant", "ep_size", "dispatcher"), CASES)
 def test_float32_logprobs_and_greedy_tokens_are_those_of_transformers(
-    variant: str, ep_size: int, tmp_path: Path
+    variant: str, ep_size: int, dispatcher: str, tmp_path: Path
 ) -> None:
     make_variant(tmp_path, variant, seed=11)
     vocab_size = VARIANTS[variant].get("vocab_size", BASE["vocab_size"])
@@ -76,7 +76,12 @@ def test_float32_logprobs_and_greedy_tokens_are_those_of_transformers(
     model = load_reference(tmp_path)
     # 100 tokens a step: the long prompts are computed in chunks beside the decodes of the short ones.
     with LLM(
-        tmp_path, expert_parallel_size=ep_size, max_num_batched_tokens=100, max_num_seqs=5, use_tqdm=False
+        tmp_path,
+        expert_parallel_size=ep_size,
+        dispatcher=dispatcher,
+        max_num_batched_tokens=100,
+        max_num_seqs=5,
+        use_tqdm=False,
     ) as llm:
         together = _generate(llm, prompts)
         alone = [_generate(llm, [prompt])[0] for prompt in prompts[:3]]

@@ -91,7 +91,10 @@ def test_a_driver_that_vanishes_leaves_nothing_running(owner: LLM) -> None:
     expected = _tokens(owner)
     done = _other_driver("8000", "vanish")
     assert (done.returncode, done.stdout.strip()) == (-9, "streaming"), done.stderr
-    _until("the vanished driver's request still runs", lambda: not any(s.num_running for s in owner.stats))
+    _until(
+        "the vanished driver's request still runs",
+        lambda: not any(s.scheduler["num_running"] for s in owner.stats),
+    )
     assert _tokens(owner) == expected
 
 

@@ -1,23 +1,20 @@
-"""The scheduler: order, chunks and limits step by step, then a state machine that looks for leaks and starvation."""
+"""The scheduler: order, chunks, limits, priorities and preemption, step by step and without prefix caching."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.slots import SlotAllocator
-from moe_runtime.errors import ConfigError, PromptError
+from moe_runtime.errors import ConfigError, PromptError, QueueFullError
 from moe_runtime.request import EngineRequest, SamplingParams
-from moe_runtime.scheduler import ScheduledStep, Scheduler, SchedulerConfig, Sequence, SequenceStatus
+from moe_runtime.scheduler import ScheduledStep, Scheduler, SchedulerConfig, SequenceStatus
 
 EOS = 0
 
 
 def request(
-    name: str, prompt: int, max_tokens: int | None = 4, sample: int = 0, **params: object
+    name: str, prompt: int, max_tokens: int | None = 4, sample: int = 0, priority: int = 0, **params: object
 ) -> EngineRequest:
     return EngineRequest(
         request_id=name,
@@ -26,14 +23,25 @@ def request(
         params=SamplingParams(max_tokens=max_tokens, **params),
         seed=1,
         eos_token_ids=(EOS,),
+        priority=priority,
     )
 
 
 def make(
-    seqs: int = 4, tokens: int = 8, blocks: int = 100, length: int = 64, slots: int | None = None
+    seqs: int = 4,
+    tokens: int = 8,
+    blocks: int = 100,
+    length: int = 64,
+    slots: int | None = None,
+    **rest: object,
 ) -> Scheduler:
     config = SchedulerConfig(
-        max_num_seqs=seqs, max_num_batched_tokens=tokens, block_size=4, max_model_len=length
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        block_size=4,
+        max_model_len=length,
+        enable_prefix_caching=False,
+        **rest,  # type: ignore[arg-type]
     )
     return Scheduler(config, BlockAllocator(blocks + 1, 4), SlotAllocator((slots or seqs) + 1))
 
@@ -45,8 +53,9 @@ def shown(step: ScheduledStep) -> list[tuple[str, int, int, bool]]:
 def run(scheduler: Scheduler, token: int = 7) -> list[tuple[str, int, int, bool]]:
     """One whole step in which every sequence samples `token`."""
     step = scheduler.schedule()
+    entries = shown(step)
     scheduler.update(step, [token] * len(step.sampled))
-    return shown(step)
+    return entries
 
 
 def test_prompt_is_computed_in_chunks_and_only_the_last_one_yields_logits() -> None:
@@ -88,14 +97,26 @@ def test_several_prompts_share_a_step_and_the_last_is_cut() -> None:
 
 
 def test_nobody_overtakes_the_first_in_the_queue() -> None:
-    scheduler = make(blocks=5)  # 20 tokens
-    scheduler.add(request("a", prompt=4, max_tokens=8))  # 3 blocks
-    scheduler.add(request("big", prompt=8, max_tokens=8))  # 4 blocks: must wait
+    scheduler = make(blocks=5, tokens=24)
+    scheduler.add(request("a", prompt=10, max_tokens=9))  # 3 blocks now
+    scheduler.add(request("big", prompt=12, max_tokens=4))  # 3 blocks now: must wait
     scheduler.add(request("small", prompt=2, max_tokens=2))  # 1 block: would fit
-    assert run(scheduler) == [("a", 0, 4, True)]
+    assert run(scheduler) == [("a", 0, 10, True)]
     while scheduler.num_waiting == 2:
         step = run(scheduler)
-    assert [entry[0] for entry in step] == ["big"]
+    assert [entry[0] for entry in step] == ["big", "small"]
+
+
+def test_a_sequence_takes_blocks_only_for_what_it_computes_now() -> None:
+    scheduler = make(tokens=6)
+    sequence = scheduler.add(request("a", prompt=13, max_tokens=20))
+    held = []
+    while sequence.status is not SequenceStatus.FINISHED:
+        step = scheduler.schedule()
+        held.append(len(sequence.block_table))
+        scheduler.update(step, [7] * len(step.sampled))
+    assert held == [2, 3, 4, *(-(-tokens // 4) for tokens in range(14, 33))]
+    assert scheduler.stats.blocks_used == 0
 
 
 @pytest.mark.parametrize(("seqs", "slots"), [(2, 4), (4, 2)])
@@ -157,7 +178,7 @@ def test_abort_ends_all_samples_wherever_they_are_and_in_mid_step() -> None:
     waiting = scheduler.add(request("a", prompt=3, sample=1))
     other = scheduler.add(request("b", prompt=3))
     step = scheduler.schedule()
-    assert scheduler.abort("a") == [waiting, running]
+    assert scheduler.abort("a") == [running, waiting]
     assert scheduler.abort("a") == []
     scheduler.update(step, [7])
     assert running.output_ids == []
@@ -196,13 +217,17 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_model_len": 1}, "max_model_len must be at least 2"),
+        ({"policy": "prio"}, "policy must be one of fcfs, priority, got 'prio'; did you mean 'priority'"),
+        ({"max_waiting": 0}, r"max_waiting must be at least 1 \(or None for no limit\), got 0"),
+        ({"state_checkpoint_share": 1.5}, "state_checkpoint_share must be between 0 and 1, got 1.5"),
+        ({"state_checkpoint_interval": 0}, "state_checkpoint_interval must be at least 1, got 0"),
         ({"max_num_batched_tokens": 3}, r"max_num_batched_tokens \(3\) must be at least max_num_seqs \(4\)"),
     ],
 )
-def test_bad_limits_are_refused(values: dict[str, int], message: str) -> None:
+def test_bad_limits_are_refused(values: dict[str, object], message: str) -> None:
     good = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "block_size": 4, "max_model_len": 64}
     with pytest.raises(ConfigError, match=message):
-        SchedulerConfig(**{**good, **values})
+        SchedulerConfig(**{**good, **values})  # type: ignore[arg-type]
 
 
 def test_steps_must_be_updated_one_by_one() -> None:
@@ -218,97 +243,121 @@ def test_steps_must_be_updated_one_by_one() -> None:
         scheduler.update(step, [7])
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Random arrivals, aborts, stop strings and tokens on a rank that is too small for them."""
-
-    @initialize(seqs=st.integers(1, 4), extra=st.integers(0, 12), blocks=st.integers(5, 14))
-    def start(self, seqs: int, extra: int, blocks: int) -> None:
-        config = SchedulerConfig(
-            max_num_seqs=seqs, max_num_batched_tokens=seqs + extra, block_size=4, max_model_len=20
-        )
-        self.blocks, self.slots = BlockAllocator(blocks + 1, 4), SlotAllocator(seqs + 1)
-        self.scheduler = Scheduler(config, self.blocks, self.slots)
-        self.sequences: list[Sequence] = []
-        self.step: ScheduledStep | None = None
-        self.first_started: list[int] = []  # indices of sequences in the order in which they first ran
-
-    @rule(prompt=st.integers(1, 19), max_tokens=st.integers(1, 20), min_tokens=st.integers(0, 3))
-    def add(self, prompt: int, max_tokens: int, min_tokens: int) -> None:
-        made = request(str(len(self.sequences)), prompt, max_tokens, min_tokens=min(min_tokens, max_tokens))
-        self.sequences.append(self.scheduler.add(made))
-
-    @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        index = data.draw(st.integers(0, len(self.sequences) - 1))
-        was_live = self.sequences[index].status is not SequenceStatus.FINISHED
-        assert len(self.scheduler.abort(str(index))) == was_live
-
-    @precondition(lambda self: self.step is None)
-    @rule()
-    def schedule(self) -> None:
-        decoding = {s for s in self.live() if s.output_ids}
-        self.step = self.scheduler.schedule()
-        assert self.step.num_tokens <= self.scheduler.config.max_num_batched_tokens
-        assert bool(self.step.entries) == self.scheduler.has_work
-        members = [e.sequence for e in self.step.entries]
-        assert len(set(members)) == len(members)
-        assert decoding <= set(members[: self.step.num_decodes])
-        for entry in self.step.entries:
-            s = entry.sequence
-            assert entry.start == s.num_computed
-            assert entry.num_tokens >= 1
-            assert entry.needs_logits == (entry.start + entry.num_tokens == len(s.token_ids))
-            assert entry.start + entry.num_tokens <= len(s.block_table) * 4
-            if entry.start == 0:
-                self.first_started.append(int(s.request.request_id))
-        assert self.first_started == sorted(self.first_started)
-
-    @precondition(lambda self: self.step is not None)
-    @rule(data=st.data())
-    def update(self, data: st.DataObject) -> None:
-        assert self.step is not None
-        lengths = {e.sequence: len(e.sequence.token_ids) for e in self.step.entries}
-        live = [s for s in self.step.sampled if s.status is not SequenceStatus.FINISHED]
-        sampled = [data.draw(st.sampled_from([EOS, 5, 6])) for _ in self.step.sampled]
-        self.scheduler.update(self.step, sampled)
-        for s, before in lengths.items():
-            assert len(s.token_ids) == before + (s in live)
-        if live and data.draw(st.booleans()):
-            self.scheduler.finish(live[0], "stop", "text")
-        self.step = None
-
-    def live(self) -> list[Sequence]:
-        return [s for s in self.sequences if s.status is SequenceStatus.RUNNING]
-
-    @invariant()
-    def nothing_is_shared_or_lost(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
-        held = [block for s in self.sequences for block in s.block_table]
-        slots = [s.state_slot for s in self.sequences if s.state_slot]
-        assert len(set(held)) == len(held) == self.blocks.num_used
-        assert len(set(slots)) == len(slots) == self.slots.num_used == self.scheduler.num_running
-        assert 0 not in held
-        for s in self.sequences:
-            assert bool(s.block_table) == bool(s.state_slot) == (s.status is SequenceStatus.RUNNING)
-            assert (s.finish_reason is not None) == (s.status is SequenceStatus.FINISHED)
-            assert s.token_ids == [*s.request.prompt_token_ids, *s.output_ids]
-            assert len(s.output_ids) <= (s.request.params.max_tokens or 0)
-
-    def teardown(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
-        if self.step is not None:
-            self.scheduler.update(self.step, [5] * len(self.step.sampled))
-        work = sum(s.max_tokens for s in self.sequences)
-        for _ in range(work):  # every step computes or samples at least one token
-            if self.scheduler.has_work:
-                run(self.scheduler, 5)
-        assert not self.scheduler.has_work
-        assert all(s.finish_reason for s in self.sequences)
-        assert self.blocks.num_used == self.slots.num_used == 0
+def test_a_full_queue_refuses_with_the_numbers_and_takes_more_later() -> None:
+    scheduler = make(seqs=1, max_waiting=2)
+    for name in "ab":
+        scheduler.add(request(name, prompt=3))
+    with pytest.raises(
+        QueueFullError, match=r"'c' is refused: 2 sequences wait and the limit is 2; .* raise max_waiting"
+    ):
+        scheduler.add(request("c", prompt=3))
+    run(scheduler)
+    scheduler.add(request("c", prompt=3))
+    assert scheduler.num_waiting == 2
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+# --------------------------------------------------------------------------- preemption
+
+
+def test_the_latest_is_preempted_and_goes_on_with_the_tokens_it_had() -> None:
+    scheduler = make(blocks=4, tokens=16)
+    first = scheduler.add(request("a", prompt=6, max_tokens=8))
+    second = scheduler.add(request("b", prompt=7, max_tokens=8))
+    third = scheduler.add(request("c", prompt=2, max_tokens=2))
+    assert run(scheduler) == [("a", 0, 6, True), ("b", 0, 7, True)]
+    assert run(scheduler) == [("a", 6, 1, True), ("b", 7, 1, True)]
+    # b needs a third block, there is none, and b itself came last.
+    assert run(scheduler) == [("a", 7, 1, True)]
+    assert (second.status, second.num_preemptions) == (SequenceStatus.WAITING, 1)
+    assert second.token_ids == [*range(1, 8), 7, 7]
+    assert (second.block_table, second.state_slot, second.num_computed) == ([], 0, 0)
+    while first.finish_reason is None:
+        assert [entry[0] for entry in run(scheduler)] == ["a"]
+    # It stands before c, which came later, and computes its tokens once more to sample the next one.
+    assert run(scheduler) == [("b", 0, 9, True), ("c", 0, 2, True)]
+    while scheduler.has_work:
+        run(scheduler)
+    assert [len(s.output_ids) for s in (first, second, third)] == [8, 8, 2]
+    assert scheduler.stats.preemptions == 1
+
+
+def test_the_older_one_takes_the_block_of_the_younger() -> None:
+    scheduler = make(blocks=4, tokens=16)
+    scheduler.add(request("a", prompt=8, max_tokens=8))
+    scheduler.add(request("b", prompt=6, max_tokens=8))
+    assert run(scheduler) == [("a", 0, 8, True), ("b", 0, 6, True)]
+    assert run(scheduler) == [("a", 8, 1, True)]
+    assert scheduler.num_waiting == 1
+
+
+def test_a_prompt_gets_the_blocks_that_are_left_and_waits_for_more() -> None:
+    scheduler = make(blocks=7, tokens=16)
+    scheduler.add(request("a", prompt=8, max_tokens=4))
+    scheduler.add(request("b", prompt=27, max_tokens=1))
+    assert run(scheduler) == [("a", 0, 8, True), ("b", 0, 8, False)]
+    assert run(scheduler) == [("a", 8, 1, True), ("b", 8, 8, False)]
+    # All blocks are taken; b, the latest, keeps what it has until a is done.
+    assert run(scheduler) == [("a", 9, 1, True)]
+    assert run(scheduler) == [("a", 10, 1, True)]
+    assert run(scheduler) == [("b", 16, 11, True)]
+    assert scheduler.stats.preemptions == 0
+
+
+def test_a_prompt_that_gets_no_block_takes_those_of_less_urgent_sequences() -> None:
+    scheduler = make(blocks=8, tokens=12, policy="priority")
+    low = scheduler.add(request("low", prompt=9, max_tokens=9, priority=1))
+    run(scheduler)
+    scheduler.add(request("urgent", prompt=28, max_tokens=1, priority=0))
+    assert run(scheduler) == [("low", 9, 1, True), ("urgent", 0, 11, False)]
+    # Nine tokens fill the five blocks that low leaves.
+    assert run(scheduler) == [("low", 10, 1, True), ("urgent", 11, 9, False)]
+    assert run(scheduler) == [("urgent", 20, 8, True)]
+    assert low.num_preemptions == 1
+    assert run(scheduler) == [("low", 0, 12, True)]
+
+
+# --------------------------------------------------------------------------- priorities
+
+
+def test_priority_comes_before_arrival_and_equals_keep_their_order() -> None:
+    scheduler = make(seqs=1, policy="priority")
+    for name, priority in (("late", 5), ("first", 0), ("second", 0), ("soon", -1)):
+        scheduler.add(request(name, prompt=2, max_tokens=1, priority=priority))
+    order = []
+    while scheduler.has_work:
+        order += [entry[0] for entry in run(scheduler)]
+    assert order == ["soon", "first", "second", "late"]
+
+
+def test_first_come_first_served_ignores_priority() -> None:
+    scheduler = make(seqs=1)
+    for name, priority in (("a", 5), ("b", 0)):
+        scheduler.add(request(name, prompt=2, max_tokens=1, priority=priority))
+    assert [run(scheduler)[0][0], run(scheduler)[0][0]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("limits", [{"seqs": 2}, {"slots": 2}, {"blocks": 4}])
+def test_an_urgent_request_takes_the_place_of_the_least_urgent(limits: dict[str, int]) -> None:
+    scheduler = make(**{"tokens": 16, **limits}, policy="priority")  # type: ignore[arg-type]
+    for name, priority in (("a", 1), ("b", 2)):
+        scheduler.add(request(name, prompt=5, max_tokens=3, priority=priority))
+    run(scheduler)
+    scheduler.add(request("peer", prompt=5, max_tokens=3, priority=2))
+    assert [entry[0] for entry in run(scheduler)] == ["a", "b"]
+    scheduler.add(request("urgent", prompt=5, max_tokens=3, priority=0))
+    assert [entry[0] for entry in run(scheduler)] == ["a", "urgent"]
+    assert scheduler.stats.preemptions == 1
+    while scheduler.has_work:
+        run(scheduler)
+
+
+def test_an_urgent_request_goes_before_the_rest_of_a_long_prompt() -> None:
+    scheduler = make(tokens=8, policy="priority")
+    scheduler.add(request("long", prompt=40, max_tokens=1, priority=1))
+    assert run(scheduler) == [("long", 0, 8, False)]
+    scheduler.add(request("peer", prompt=9, max_tokens=2, priority=1))
+    assert run(scheduler) == [("long", 8, 8, False)]
+    scheduler.add(request("urgent", prompt=9, max_tokens=2, priority=0))
+    assert run(scheduler) == [("urgent", 0, 8, False)]
+    assert run(scheduler) == [("urgent", 8, 1, True), ("long", 16, 7, False)]
+    assert scheduler.stats.preemptions == 0

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from moe_runtime import AsyncLLM, RequestOutput, SamplingParams
 
+from moe_runtime import AsyncLLM, RequestOutput, SamplingParams
+from moe_runtime.outputs import Ledger
 from tests.checkpoints import BASE, make_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 NUM_REQUESTS = 200
 MAX_MODEL_LEN = 192
+# A sequence of the longest length takes about 72 KB; with this much more for all ranks they are always short.
+ONE_SEQUENCE_BYTES = 75_000
+SMALL_CACHE_BYTES = 250_000
 # Two tokens whose log-probabilities are this close may change places under another order of summation.
 TIE = 1e-3
 
@@ -53,8 +58,11 @@ def _cases(seed: int) -> list[_Case]:
 
 
 async def _last(llm: AsyncLLM, case: _Case) -> RequestOutput:
-    outputs = [output async for output in llm.generate({"prompt_token_ids": case.prompt}, case.params)]
-    return outputs[-1]
+    ledger = Ledger()
+    async for delta in llm.stream({"prompt_token_ids": case.prompt}, case.params, ledger=ledger):
+        ledger.apply(delta)
+    (output,) = ledger.outputs()
+    return output
 
 
 async def _serve(llm: AsyncLLM, cases: list[_Case]) -> list[RequestOutput]:
@@ -86,12 +94,14 @@ def _difference(ours: RequestOutput, alone: RequestOutput) -> str | None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[str, list[RequestOutput]]:
-    """The checkpoint, and each request served with nothing else around it."""
+    """The checkpoint, and each request served with nothing else around it and nothing cached from others."""
     path = str(tmp_path_factory.mktemp("stress"))
     make_checkpoint(path, seed=0)
 
     async def one_by_one() -> list[RequestOutput]:
-        llm = await AsyncLLM.start(path, max_model_len=MAX_MODEL_LEN)
+        llm = await AsyncLLM.start(
+            path, max_model_len=MAX_MODEL_LEN, enable_prefix_caching=False, threads_per_rank=1
+        )
         try:
             return [await _last(llm, case) for case in _cases(1)]
         finally:
@@ -107,23 +117,37 @@ def test_requests_together_give_what_each_gives_alone(
     path, expected = alone
     cases = _cases(1)
 
-    async def together() -> list[RequestOutput]:
+    async def together() -> tuple[list[RequestOutput], Counter[str]]:
         llm = await AsyncLLM.start(
             path,
             expert_parallel_size=ep_size,
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=12,
             max_num_batched_tokens=64,
+            threads_per_rank=1,
+            state_checkpoint_interval=32,
+            kv_cache_memory_bytes=SMALL_CACHE_BYTES // ep_size + ONE_SEQUENCE_BYTES,
         )
         try:
-            return await asyncio.wait_for(_serve(llm, cases), 120)
+            outputs = await asyncio.wait_for(_serve(llm, cases), 240)
+            return outputs, sum((Counter(rank.scheduler) for rank in await llm.stats()), Counter())
         finally:
             await llm.shutdown()
 
-    outputs = asyncio.run(together())
+    outputs, stats = asyncio.run(together())
     differences = {
         number: difference
         for number, pair in enumerate(zip(outputs, expected, strict=True))
         if (difference := _difference(*pair))
     }
     assert not differences
+    # The caches were small enough for all of this to happen.
+    assert stats["preemptions"] > 0
+    assert stats["block_evictions"] > 0
+    assert stats["prefix_hit_tokens"] > 0
+    assert (stats["num_running"], stats["num_waiting"], stats["blocks_used"], stats["slots_used"]) == (
+        0,
+        0,
+        0,
+        0,
+    )

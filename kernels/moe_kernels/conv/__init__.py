@@ -27,7 +27,8 @@ def causal_conv1d(
 
     Each channel has its own W taps, oldest input first. `conv_state` [slots, C, W - 1] holds a sequence's
     last inputs, oldest first, and is updated in place; a sequence without context starts from zeros whatever
-    its slot holds, and one of fewer than W - 1 tokens shifts the older inputs.
+    its slot holds, and one of fewer than W - 1 tokens shifts the older inputs. `sequences.state_checkpoints` says
+    where the last inputs are kept in other slots as well.
     """
     run = find_implementation("conv", _TABLE, implementation)
     return run(x_TC, weight_CW, conv_state, state_slots_B, sequences)

@@ -31,7 +31,7 @@ def causal_conv1d(
         window_BCW = torch.cat([conv_state[slots], x_TC[:n, :, None].to(conv_state.dtype)], dim=-1)
         out_TC[:n] = _taps(window_BCW.permute(2, 0, 1).to(dtype), taps_WC)
         conv_state[slots] = window_BCW[:, :, 1:]
-    for index, tokens, has_context in sequences.prefills():
+    for index, tokens, has_context, checkpoints in sequences.prefills():
         slot = state_slots_B[index : index + 1]
         # A new sequence's slot holds whatever was there before.
         before = conv_state[slot][0].t() if has_context else conv_state.new_zeros(history, x_TC.shape[1])
@@ -40,6 +40,8 @@ def causal_conv1d(
         shifted = [inputs[tap : tap + count].to(dtype) for tap in range(history + 1)]
         out_TC[tokens] = _taps(shifted, taps_WC)
         conv_state[slot] = inputs[count:].t()[None]
+        for num_tokens, checkpoint_slot in checkpoints:
+            conv_state[checkpoint_slot] = inputs[num_tokens : num_tokens + history].t()
     return out_TC
 
 

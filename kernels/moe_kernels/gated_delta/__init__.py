@@ -33,9 +33,10 @@ def gated_delta_rule(
 
     q and k have fewer heads than v, or as many: head i of them serves the i-th group of consecutive value
     heads, and decay (log space, at most 0), beta and state have v's. `state` is [slots, N, D, V], float32
-    (float64 for float64 inputs); a sequence without context starts from zeros whatever its slot holds. Chunks
-    of the prefill form are counted from the first token of this call. Source: Gated Delta Networks
-    (arXiv:2412.06464), as Qwen3-Next has it.
+    (float64 for float64 inputs); a sequence without context starts from zeros whatever its slot holds.
+    `sequences.state_checkpoints` says where the state is written to other slots as well. Chunks of the prefill
+    form are counted from the first token of this call, and anew after each checkpoint. Source: Gated Delta
+    Networks (arXiv:2412.06464), as Qwen3-Next has it.
     """
     run = find_implementation("gated_delta", _TABLE, implementation)
     return run(q_TND, k_TND, v_TNV, decay_TN, beta_TN, state, state_slots_B, sequences)

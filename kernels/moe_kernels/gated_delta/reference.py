@@ -6,6 +6,8 @@ q and k are repeated to the value heads, and the functions for one sequence have
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from moe_kernels.numerics import accumulation_dtype
@@ -39,15 +41,28 @@ def gated_delta_rule(
         old = state[slots].to(dtype)
         out_TNV[:n], new = recurrent_step(q[:n], k[:n], v[:n], decay[:n], beta[:n], old)
         state[slots] = new.to(state.dtype)
-    for index, tokens, has_context in sequences.prefills():
+    for index, tokens, has_context, checkpoints in sequences.prefills():
         slot = state_slots_B[index : index + 1]
         # A new sequence's slot holds whatever was there before, NaN included: never multiply it by zero.
-        start = state[slot][0].to(dtype) if has_context else v.new_zeros(state.shape[1:])
-        q_NTD, k_NTD, v_NTV, decay_NT, beta_NT = (x[tokens].transpose(0, 1) for x in (q, k, v, decay, beta))
-        out_NTV, end = chunked(q_NTD, k_NTD, v_NTV, decay_NT, beta_NT, start)
-        out_TNV[tokens] = out_NTV.transpose(0, 1)
-        state[slot] = end.to(state.dtype)[None]
+        now_NDV = state[slot][0].to(dtype) if has_context else v.new_zeros(state.shape[1:])
+        for part, checkpoint_slot in _parts(tokens, checkpoints):
+            q_NTD, k_NTD, v_NTV, decay_NT, beta_NT = (x[part].transpose(0, 1) for x in (q, k, v, decay, beta))
+            out_NTV, now_NDV = chunked(q_NTD, k_NTD, v_NTV, decay_NT, beta_NT, now_NDV)
+            out_TNV[part] = out_NTV.transpose(0, 1)
+            if checkpoint_slot is not None:
+                state[checkpoint_slot] = now_NDV.to(state.dtype)
+        state[slot] = now_NDV.to(state.dtype)[None]
     return out_TNV.to(v_TNV.dtype)
+
+
+def _parts(tokens: slice, checkpoints: list[tuple[int, int]]) -> Iterator[tuple[slice, int | None]]:
+    """A sequence's tokens up to each checkpoint, with its slot, and what is left after the last."""
+    start = tokens.start
+    for num_tokens, slot in checkpoints:
+        yield slice(start, tokens.start + num_tokens), slot
+        start = tokens.start + num_tokens
+    if start < tokens.stop:
+        yield slice(start, tokens.stop), None
 
 
 def recurrent_step(

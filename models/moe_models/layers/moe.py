@@ -18,6 +18,10 @@ from moe_kernels.select import KernelPlan
 from moe_models.interfaces import ExpertShard, TensorLoad, TokenDispatcher
 from moe_models.layers.linear import Linear, empty_parameter
 
+# Rows that the experts compute at once. Routing may send every rank's tokens to one rank; this bounds what its
+# work space has to hold, however many ranks there are.
+_MAX_ROWS = 8192
+
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
@@ -69,14 +73,16 @@ class Experts(nn.Module):
         self, x_GH: torch.Tensor, local_ids_GK: torch.Tensor, weights_GK: torch.Tensor
     ) -> torch.Tensor:
         """y_GH: each token's weighted sum over its local experts."""
-        return fused_experts(
-            x_GH,
-            local_ids_GK,
-            weights_GK,
-            self.gate_up_proj,
-            self.down_proj,
-            implementation=self.implementation,
+        parts = zip(
+            x_GH.split(_MAX_ROWS), local_ids_GK.split(_MAX_ROWS), weights_GK.split(_MAX_ROWS), strict=True
         )
+        sums = [
+            fused_experts(
+                x, ids, weights, self.gate_up_proj, self.down_proj, implementation=self.implementation
+            )
+            for x, ids, weights in parts
+        ]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     def checkpoint_shapes(self, prefix: str, fused: bool) -> dict[str, tuple[int, ...]]:
         """Tensors of all E experts whose names start with `prefix`, and their shapes."""

@@ -14,4 +14,5 @@ def packed_sequences(batch: ForwardBatch) -> PackedSequences:
         query_lens=batch.query_lens,
         context_lens=batch.context_lens,
         num_decodes=batch.num_decodes,
+        state_checkpoints=batch.state_checkpoints,
     )

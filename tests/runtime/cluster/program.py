@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -89,7 +89,7 @@ class Program:
     def end(self) -> None:
         """Kill whatever is left of it."""
         for process in self._processes():
-            with _gone_is_fine():
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
 
@@ -129,14 +129,6 @@ def running(
         yield program
     finally:
         program.end()
-
-
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        pass
 
 
 def _environment(process: psutil.Process) -> bytes:

@@ -1,0 +1,122 @@
+"""However a deployment ends, it leaves no process, no placement group and no shared memory behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from tests.runtime.cluster.program import SCENARIOS, running
+
+pytestmark = pytest.mark.ray
+
+OWN_RAY = {"RAY_ADDRESS": "local"}
+SOME_MOMENTS = ("load", "generate")
+OTHER_MOMENTS = ("connect", "inspect", "reserve", "create", "join")
+# The two agents of a node whose raylet was killed outright give up on it after about a minute.
+RAY_AGENTS_END_WITHIN_S = 100
+
+
+def _generate() -> list[str | Path]:
+    command: list[str | Path] = [SCENARIOS / "command.py", "generate", "--prompt", "Hello", "--device", "cpu"]
+    return [*command, "--expert-parallel-size", "2", "--ignore-eos", "--max-tokens", "4000"]
+
+
+def test_the_end_of_a_with_block_leaves_nothing_to_its_process(tmp_path: Path) -> None:
+    with running(tmp_path, [SCENARIOS / "with_block.py"], OWN_RAY) as program:
+        program.succeed()
+        program.assert_left_nothing()
+
+
+@pytest.mark.parametrize(
+    "moment", [*SOME_MOMENTS, *(pytest.param(m, marks=pytest.mark.slow) for m in OTHER_MOMENTS)]
+)
+def test_ctrl_c_ends_with_one_line_and_leaves_nothing(tmp_path: Path, moment: str) -> None:
+    with running(tmp_path, _generate(), OWN_RAY) as program:
+        program.wait_for(f"@{moment}")
+        program.interrupt()
+        assert program.finish() == 130
+        assert program.stderr == "moe-runtime: interrupted\n"
+        program.assert_left_nothing()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.5, 1.5, 2.5, 3.5, 5])
+def test_ctrl_c_while_ray_starts_leaves_nothing(tmp_path: Path, delay_s: float) -> None:
+    with running(tmp_path, _generate(), OWN_RAY) as program:
+        program.wait_for("@connect")
+        time.sleep(delay_s)  # Ray starts its processes one after the other
+        program.interrupt()
+        assert program.finish() == 130
+        assert program.stderr == "moe-runtime: interrupted\n"
+        program.assert_left_nothing()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["load", "generate"])
+def test_sigterm_ends_with_its_status_and_leaves_nothing(tmp_path: Path, moment: str) -> None:
+    with running(tmp_path, _generate(), OWN_RAY) as program:
+        program.wait_for(f"@{moment}")
+        program.signal(signal.SIGTERM)
+        assert program.finish() == 128 + signal.SIGTERM
+        assert program.stderr == ""
+        program.assert_left_nothing()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["connect", "load", "generate"])
+def test_a_killed_driver_leaves_nothing_of_its_own_ray(tmp_path: Path, moment: str) -> None:
+    with running(tmp_path, _generate(), OWN_RAY) as program:
+        program.wait_for(f"@{moment}")
+        program.signal(signal.SIGKILL)
+        program.finish()
+        program.assert_left_nothing(RAY_AGENTS_END_WITHIN_S)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("generate", signal.SIGKILL),
+        ("load", signal.SIGINT),
+        pytest.param("create", signal.SIGINT, marks=pytest.mark.slow),
+        ("generate", signal.SIGTERM),
+        pytest.param("load", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_a_driver_that_ends_leaves_nothing_in_the_cluster_that_it_joined(
+    tmp_path: Path, moment: str, number: signal.Signals
+) -> None:
+    status = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    address = ray.get_runtime_context().gcs_address
+    with running(tmp_path, _generate(), {"RAY_ADDRESS": address}) as program:
+        program.wait_for(f"@{moment}")
+        assert _placed_groups()
+        program.signal(number)
+        assert program.finish() == status
+        assert program.stderr == ("moe-runtime: interrupted\n" if number == signal.SIGINT else "")
+        program.assert_left_nothing()
+    deadline = time.monotonic() + 15
+    while (left := _placed_groups() + _rank_actors()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+def _placed_groups() -> list[str]:
+    return [key for key, group in placement_group_table().items() if group["state"] != "REMOVED"]
+
+
+def _rank_actors() -> list[str]:
+    """Rank processes of the session's Ray, which is a child of this process."""
+    titles = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            titles.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return [title for title in titles if "RankActor" in title]
