@@ -14,7 +14,8 @@ from moe_runtime.transport import wire
 from moe_runtime.transport.channel import Channel
 from moe_runtime.transport.rank_server import BEAT_INTERVAL_S
 
-# What a request's owner gets: pieces of its output as they come, or the error that ended it.
+# What a request's owner gets: pieces of its output as they come, or the error that ended it. Requests that share a
+# sink get their pieces together, so it must be hashable.
 Sink = Callable[[list[OutputDelta] | MoeRuntimeError], None]
 
 # How long a lost connection waits for the error that tells its cause.
@@ -122,18 +123,19 @@ class EngineClient:
         if isinstance(message, wire.Refused):
             self._refused(message)
             return
-        of_request: dict[str, list[OutputDelta]] = {}
-        for delta in message.deltas:
-            of_request.setdefault(delta.request_id, []).append(delta)
-        for request_id, deltas in of_request.items():
-            with self._lock:
-                request = self._requests.get(request_id)
+        of_sink: dict[Sink, list[OutputDelta]] = {}
+        with self._lock:
+            for delta in message.all():
+                request = self._requests.get(delta.request_id)
                 if request is None:
                     continue
-                request.open_samples -= {d.sample_index for d in deltas if d.finish_reason is not None}
-                if not request.open_samples:
-                    self._forget(request_id)
-            request.sink(deltas)
+                of_sink.setdefault(request.sink, []).append(delta)
+                if delta.finish_reason is not None:
+                    request.open_samples.discard(delta.sample_index)
+                    if not request.open_samples:
+                        self._forget(delta.request_id)
+        for sink, deltas in of_sink.items():
+            sink(deltas)
 
     def _refused(self, refused: wire.Refused) -> None:
         with self._lock:

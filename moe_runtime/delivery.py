@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from moe_runtime.request import Logprob, OutputDelta, PromptLogprobs
 from moe_runtime.runner import StepResult
 from moe_runtime.sampling.logprobs import RankedLogprobs
 from moe_runtime.scheduler import ScheduledStep, Scheduler, Sequence
 from moe_runtime.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+from moe_runtime.transport.wire import Deltas, Tokens
 
 
 class Delivery:
-    """Text and stop strings of every sequence of one rank; pieces wait here until `drain`."""
+    """Text and stop strings of every sequence of one rank; pieces wait here until `drain`.
+
+    A step gives most sequences one token and nothing else to say; these go the short way, into columns.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._streams: dict[Sequence, _Stream] = {}
-        self._changed: dict[Sequence, _Stream] = {}  # in the order in which they got something new
+        self._tokens: defaultdict[str, Tokens] = defaultdict(Tokens)  # by driver
+        self._changed: dict[Sequence, _Stream] = {}  # in the order in which they got more than a token
 
-    def open(self, sequence: Sequence) -> None:
-        """Expect tokens of a sequence."""
-        self._streams[sequence] = _Stream(sequence, self._tokenizer)
+    def open(self, sequence: Sequence, driver: str) -> None:
+        """Expect tokens of a sequence; they are for `driver`."""
+        self._streams[sequence] = _Stream(sequence, driver, self._tokenizer)
 
     def take(self, scheduler: Scheduler, step: ScheduledStep, result: StepResult) -> None:
-        """Take a step's result after the scheduler has; ends sequences whose text holds a stop string."""
+        """Take a step's result after the scheduler has; ends sequences whose text holds a stop string.
+
+        The last step's pieces have been drained.
+        """
         for sequence, ranked in result.prompt_logprobs.items():
             self._streams[sequence].add_prompt_logprobs(ranked)
         for sequence, token_id, logprobs in zip(step.sampled, result.token_ids, result.logprobs, strict=True):
             stream = self._streams[sequence]
+            if stream.is_simple and sequence.finish_reason is None:
+                tokens = self._tokens[stream.driver]
+                tokens.request_ids.append(stream.request_id)
+                tokens.sample_indices.append(stream.sample_index)
+                tokens.token_ids.append(token_id)
+                tokens.texts.append(stream.text.append(token_id) if stream.text is not None else "")
+                continue
             stop = stream.add_token(token_id, logprobs)
             if stop is not None:
                 scheduler.finish(sequence, "stop", stop)
@@ -36,27 +53,37 @@ class Delivery:
         """Report the end of a sequence that was ended from outside."""
         self._changed[sequence] = self._streams[sequence]
 
-    def drain(self) -> list[OutputDelta]:
-        """Everything new, one delta a sequence; finished sequences are forgotten."""
-        deltas = [stream.drain() for stream in self._changed.values()]
-        for sequence in self._changed:
+    def drain(self) -> dict[str, Deltas]:
+        """Everything new by driver, each sequence at most once; finished sequences are forgotten."""
+        if not self._changed:
+            found = {driver: Deltas([], tokens) for driver, tokens in self._tokens.items()}
+        else:
+            drivers = dict.fromkeys([*self._tokens, *(stream.driver for stream in self._changed.values())])
+            found = {driver: Deltas([], self._tokens[driver]) for driver in drivers}
+        for sequence, stream in self._changed.items():
+            found[stream.driver].deltas.append(stream.drain())
             if sequence.finish_reason is not None:
                 del self._streams[sequence]
-        self._changed = {}
-        return deltas
+        self._changed, self._tokens = {}, defaultdict(Tokens)
+        return found
 
 
 class _Stream:
     """One sequence's output since the last delta."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None) -> None:
-        params = sequence.request.params
+    def __init__(self, sequence: Sequence, driver: str, tokenizer: Tokenizer | None) -> None:
+        request, params = sequence.request, sequence.request.params
+        self.driver = driver
+        self.request_id = request.request_id
+        self.sample_index = request.sample_index
+        # A token of it has nothing to say but its text, until the last.
+        self.is_simple = not params.stop and params.logprobs is None and params.prompt_logprobs is None
         self._sequence = sequence
         self._tokenizer = tokenizer
-        self._text: IncrementalDetokenizer | None = None
+        self.text: IncrementalDetokenizer | None = None
         if tokenizer is not None and params.detokenize:
-            self._text = IncrementalDetokenizer(
-                tokenizer, sequence.request.prompt_token_ids, params.skip_special_tokens
+            self.text = IncrementalDetokenizer(
+                tokenizer, request.prompt_token_ids, params.skip_special_tokens
             )
         assert not isinstance(params.stop, str), "SamplingParams keeps stop strings as a tuple"
         self._stop = StopChecker(params.stop or (), params.include_stop_str_in_output)
@@ -77,24 +104,24 @@ class _Stream:
         if ranked is not None:
             self._new_logprobs.append(self._logprobs(ranked))
             self._cumulative_logprob += ranked[token_id][0]
-        if self._text is None:
+        if self.text is None:
             return None
         sequence, params = self._sequence, self._sequence.request.params
         # As in vLLM, the token that ends a sequence belongs to its tokens but not to its text.
         silent = sequence.finish_reason == "stop" and not params.include_stop_str_in_output
-        delta = "" if silent else self._text.append(token_id)
+        delta = "" if silent else self.text.append(token_id)
         may_stop = len(sequence.output_ids) >= params.min_tokens
         self._new_text += self._stop.append(delta, check=may_stop)
         if sequence.finish_reason is not None and self._stop.stopped_by is None:
-            self._new_text += self._stop.append(self._text.flush(), check=may_stop) + self._stop.flush()
+            self._new_text += self._stop.append(self.text.flush(), check=may_stop) + self._stop.flush()
         return self._stop.stopped_by
 
     def drain(self) -> OutputDelta:
         sequence = self._sequence
         wants_logprobs = sequence.request.params.logprobs is not None
         delta = OutputDelta(
-            request_id=sequence.request.request_id,
-            sample_index=sequence.request.sample_index,
+            request_id=self.request_id,
+            sample_index=self.sample_index,
             new_token_ids=tuple(self._new_ids),
             text=self._new_text,
             logprobs=tuple(self._new_logprobs) if wants_logprobs else None,

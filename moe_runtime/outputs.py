@@ -72,8 +72,9 @@ class Ledger:
             sample.logprobs.extend(delta.logprobs)
         if delta.prompt_logprobs is not None:
             entry.prompt_logprobs = delta.prompt_logprobs
-        if delta.finish_reason is not None:
-            sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.finish_reason is None:
+            return None
+        sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
         return self._output(entry) if all(s.finish_reason for s in entry.samples) else None
 
     def outputs(self) -> Iterable[RequestOutput]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
+import msgspec
+
 from moe_runtime.errors import ConfigError, PromptError, did_you_mean
 from moe_runtime.sampling_params import GREEDY_TEMPERATURE, SamplingParams
 
@@ -222,9 +224,11 @@ class EngineRequest:
         return self.request_id, self.sample_index
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputDelta:
-    """What is new about one completion since the last delta, as a rank sends it back."""
+class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What is new about one completion since the last delta, as a rank sends it back.
+
+    A driver makes one for every token of every request, and a Struct takes a tenth of a dataclass's time.
+    """
 
     request_id: str
     sample_index: int

@@ -115,7 +115,7 @@ class StepLoop:
         mail = self._mailbox.take()
         for driver, request in mail.submitted:
             try:
-                self._delivery.open(self._scheduler.add(request))
+                self._delivery.open(self._scheduler.add(request), driver)
                 self._open_samples[request.request_id] += 1
             except MoeRuntimeError as error:
                 # Only this request is at fault; the driver checks what it can before it sends one.
@@ -130,9 +130,10 @@ class StepLoop:
         self._server.wake_peers(self._generation, agreement)
 
     def _deliver(self) -> None:
-        deltas = self._delivery.drain()
-        self._server.deliver(deltas)
-        ended = Counter(delta.request_id for delta in deltas if delta.finish_reason is not None)
+        ended: Counter[str] = Counter()
+        for driver, message in self._delivery.drain().items():
+            self._server.deliver(driver, message)
+            ended.update(delta.request_id for delta in message.deltas if delta.finish_reason is not None)
         if ended:
             self.stats.requests_finished += ended.total()
             self._open_samples -= ended  # drops the requests whose count reaches zero

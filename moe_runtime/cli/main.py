@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moe_runtime import __version__
-from moe_runtime.cli import generate, inspect, stop
+from moe_runtime.cli import bench, generate, inspect, stop
 from moe_runtime.errors import MoeRuntimeError, UserError, did_you_mean
 
 
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moe-runtime {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, inspect, stop):
+    for module in (generate, inspect, stop, bench):
         module.add_parser(commands)
     return parser
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
+from encodings.utf_8 import IncrementalDecoder as Utf8Decoder
 
 from moe_runtime.tokenizer.tokenizer import Tokenizer
 
@@ -25,15 +25,23 @@ class IncrementalDetokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._whole_texts = tokenizer.whole_texts[skip_special_tokens]
+        self._utf8 = Utf8Decoder(errors="replace")
         self._window = list(prompt_ids[-_CONTEXT_TOKENS:])  # tokens decoded together in the general case
         self._num_shown = len(self._window)  # of them, those whose text has been given out
 
     def append(self, token_id: int) -> str:
         """Take one more token; the text that it completes, often "" in the middle of a character."""
+        text = self._whole_texts.get(token_id)
+        if text is not None and not self._utf8.buffer:
+            return text
         as_bytes = self._tokenizer.token_bytes(token_id, self._skip_special_tokens)
         if as_bytes is not None:
-            return self._utf8.decode(as_bytes)
+            between_characters = not self._utf8.buffer
+            text = self._utf8.decode(as_bytes)
+            if between_characters and not self._utf8.buffer:
+                self._whole_texts[token_id] = text
+            return text
         self._window.append(token_id)
         return self._window_delta(final=False)
 

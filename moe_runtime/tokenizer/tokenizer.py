@@ -35,6 +35,8 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens)
         self._templates = templates
         self.source = source  # where it came from, for messages
+        # Texts of tokens that hold whole characters, as detokenizers find them: by skip_special_tokens, and by token.
+        self.whole_texts: dict[bool, dict[int, str]] = {False: {}, True: {}}
 
     @property
     def vocab_size(self) -> int:

@@ -6,13 +6,11 @@ import logging
 import socket
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 
 import msgspec
 
 from moe_runtime.errors import ChannelError, UserError
-from moe_runtime.request import OutputDelta
 from moe_runtime.transport import wire
 from moe_runtime.transport.channel import Channel
 from moe_runtime.transport.mailbox import Mailbox
@@ -57,18 +55,10 @@ class RankServer:
         for peer in self._peers:
             peer.send(message)
 
-    def deliver(self, deltas: list[OutputDelta]) -> None:
-        """Send each piece of output to the driver that asked for it; pieces for drivers that left are dropped."""
-        of_driver: defaultdict[str, list[OutputDelta]] = defaultdict(list)
-        with self._lock:
-            for delta in deltas:
-                driver = self._driver_of_request.get(delta.request_id)
-                if driver is not None:
-                    of_driver[driver].append(delta)
-            channels = {driver: self._drivers.get(driver) for driver in of_driver}
-        for driver, mine in of_driver.items():
-            if channel := channels[driver]:
-                channel.send(wire.encode(wire.Deltas(mine)))
+    def deliver(self, driver: str, message: wire.Deltas) -> None:
+        """Send pieces of output to the driver that asked for them; dropped if it has left."""
+        if channel := self._drivers.get(driver):
+            channel.send(wire.encode(message))
 
     def refuse(self, driver: str, refused: wire.Refused) -> None:
         """Tell a driver that its request cannot be taken."""

@@ -50,10 +50,35 @@ class Wake(msgspec.Struct, frozen=True, tag="wake"):
     step: int
 
 
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """A new token of each of several completions, and nothing else about them: what most steps give.
+
+    Columns of equal length, which take a fraction of the time that as many deltas take to make and to encode.
+    """
+
+    request_ids: list[str] = []
+    sample_indices: list[int] = []
+    token_ids: list[int] = []
+    texts: list[str] = []  # that the token completed
+
+
 class Deltas(msgspec.Struct, frozen=True, tag="deltas"):
-    """Rank to driver: pieces of output."""
+    """Rank to driver: pieces of output, at most one of each completion."""
 
     deltas: list[OutputDelta]
+    tokens: Tokens = msgspec.field(default_factory=Tokens)
+
+    def all(self) -> list[OutputDelta]:
+        """Every piece as a delta."""
+        columns = self.tokens
+        rows = zip(columns.request_ids, columns.sample_indices, columns.token_ids, columns.texts, strict=True)
+        return [
+            *self.deltas,
+            *[
+                OutputDelta(request_id=request, sample_index=index, new_token_ids=(token,), text=text)
+                for request, index, token, text in rows
+            ],
+        ]
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

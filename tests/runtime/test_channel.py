@@ -137,3 +137,15 @@ def test_requests_and_deltas_survive_the_wire() -> None:
     )
     received = wire.decode_to_driver(wire.encode(wire.Deltas([delta])))
     assert received == wire.Deltas([delta])
+
+
+def test_columns_of_tokens_come_out_as_a_delta_each() -> None:
+    other = OutputDelta(request_id="c", sample_index=0, finish_reason="abort")
+    message = wire.Deltas([other], wire.Tokens(["a", "b"], [0, 2], [7, 8], ["x", ""]))
+    received = wire.decode_to_driver(wire.encode(message))
+    assert isinstance(received, wire.Deltas)
+    assert received.all() == [
+        other,
+        OutputDelta(request_id="a", sample_index=0, new_token_ids=(7,), text="x"),
+        OutputDelta(request_id="b", sample_index=2, new_token_ids=(8,)),
+    ]

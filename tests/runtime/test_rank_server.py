@@ -57,15 +57,16 @@ def _until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def _submitted(mailbox: Mailbox, count: int) -> list[str]:
-    ids: list[str] = []
+def _submitted(mailbox: Mailbox, count: int) -> dict[str, str]:
+    """The driver of each request that came in."""
+    driver_of: dict[str, str] = {}
 
     def arrived() -> bool:
-        ids.extend(request.request_id for _, request in mailbox.take().submitted)
-        return len(ids) >= count
+        driver_of.update({request.request_id: driver for driver, request in mailbox.take().submitted})
+        return len(driver_of) >= count
 
     _until(arrived)
-    return sorted(ids)
+    return driver_of
 
 
 def _aborted(mailbox: Mailbox) -> list[str]:
@@ -83,12 +84,15 @@ def test_each_driver_receives_its_own_tokens_and_no_others(server: RankServer, m
     drivers = [_Driver(server), _Driver(server)]
     for name, driver in zip("ab", drivers, strict=True):
         driver.submit(name)
-    assert _submitted(mailbox, 2) == ["a", "b"]
-    deltas = [OutputDelta(request_id=name, sample_index=0, new_token_ids=(i,)) for i, name in enumerate("ab")]
-    server.deliver([*deltas, OutputDelta(request_id="nobody's", sample_index=0)])
-    for delta, driver in zip(deltas, drivers, strict=True):
+    driver_of = _submitted(mailbox, 2)
+    assert sorted(driver_of) == ["a", "b"]
+    messages = [wire.Deltas([], wire.Tokens([name], [0], [i], ["text"])) for i, name in enumerate("ab")]
+    for name, message in zip("ab", messages, strict=True):
+        server.deliver(driver_of[name], message)
+    server.deliver("one that has left", messages[0])
+    for message, driver in zip(messages, drivers, strict=True):
         _until(lambda driver=driver: bool(driver.received))  # type: ignore[misc]
-        assert driver.received == [wire.Deltas([delta])]
+        assert driver.received == [message]
 
 
 def test_a_silent_drivers_lease_lapses_and_aborts_its_requests_alone(
@@ -97,7 +101,7 @@ def test_a_silent_drivers_lease_lapses_and_aborts_its_requests_alone(
     silent, alive = _Driver(server), _Driver(server)
     silent.submit("silent")
     alive.submit("alive")
-    _submitted(mailbox, 2)
+    driver_of = _submitted(mailbox, 2)
     stop = threading.Event()
 
     def beat() -> None:
@@ -109,7 +113,7 @@ def test_a_silent_drivers_lease_lapses_and_aborts_its_requests_alone(
     assert _aborted(mailbox) == ["silent"]
     silent.reader.join(5)
     assert not silent.reader.is_alive()
-    server.deliver([OutputDelta(request_id="alive", sample_index=0)])
+    server.deliver(driver_of["alive"], wire.Deltas([OutputDelta(request_id="alive", sample_index=0)]))
     _until(lambda: bool(alive.received))
     stop.set()
 
@@ -128,7 +132,7 @@ def test_what_is_no_message_ends_only_that_connection(server: RankServer, mailbo
     bad.reader.join(5)
     assert not bad.reader.is_alive()
     good.submit("fine")
-    assert _submitted(mailbox, 1) == ["fine"]
+    assert list(_submitted(mailbox, 1)) == ["fine"]
 
 
 def test_a_wake_up_of_a_peer_reaches_the_mailbox(server: RankServer, mailbox: Mailbox) -> None:

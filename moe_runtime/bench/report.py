@@ -1,0 +1,120 @@
+"""Report: what every benchmark prints. Hardware and workload, a table, and one JSON object as the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moe_runtime import __version__
+from moe_runtime.errors import ConfigError
+
+_PIPE_WIDTH = 140
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextTable:
+    """Cells as they are printed; the first column is left-aligned, the others right-aligned."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One run of one benchmark."""
+
+    benchmark: str  # the command's name
+    device: str  # what computed
+    started_load: float  # load average of the last minute when the run began: above 0, others compute too
+    workload: Mapping[str, Any]
+    results: Sequence[Mapping[str, Any]]
+    tables: Sequence[TextTable]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object: everything but the tables, which show a part of the results."""
+        return {
+            "benchmark": self.benchmark,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "hardware": asdict(_hardware(self.device, self.started_load)),
+            "versions": _versions(),
+            "workload": dict(self.workload),
+            "results": [dict(result) for result in self.results],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Hardware:
+    """Where a run took place."""
+
+    device: str
+    cores: int  # that this process may use
+    system: str
+    load_average_before: float
+    load_average_after: float  # includes what the run itself did
+
+
+def load_average() -> float:
+    """Of the last minute: processes that ran or wanted to."""
+    return round(os.getloadavg()[0], 2)
+
+
+def check_writable(file: str | None) -> None:
+    """Refuse a `--save-result` that cannot be written, before minutes are spent on what goes into it.
+
+    Raises:
+        ConfigError: its directory does not exist, or it is one itself.
+    """
+    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+        raise ConfigError(f"--save-result {file}: give a file in a directory that exists")
+
+
+def publish(report: Report, save_result: str | None) -> None:
+    """Print a report; its JSON object is the last line of stdout and, if asked for, the content of a file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+    as_dict = report.to_dict()
+    for name in ("hardware", "versions", "workload"):
+        facts = ", ".join(f"{key} {value}" for key, value in as_dict[name].items())
+        console.print(f"{name}: {facts}", markup=False)
+    for table in report.tables:
+        shown = Table(title=table.title, title_justify="left")
+        for index, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if index else "left", no_wrap=not index)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    line = json.dumps(as_dict)
+    if save_result is not None:
+        Path(save_result).write_text(line + "\n")
+    print(line, flush=True)
+
+
+def _hardware(device: str, started_load: float) -> _Hardware:
+    return _Hardware(
+        device=device,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.machine()}",
+        load_average_before=started_load,
+        load_average_after=load_average(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"moe_runtime": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
