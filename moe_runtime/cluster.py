@@ -68,6 +68,8 @@ def _init_ray(**options: str) -> None:
     Ray ends the servers that it has started by then, but not the agents that those have started, which need
     a minute to notice.
     """
+    # Ray would start the ranks at niceness 15, and anything else on the machine would take their cores.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ours = psutil.Process()
     before = ours.children(recursive=True)
     try:

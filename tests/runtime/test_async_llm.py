@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from moe_runtime import AsyncLLM, RequestOutput, SamplingParams
-from moe_runtime.errors import ConfigError, EngineDeadError, PromptError, RankFailedError
+from moe_runtime.errors import ConfigError, EngineDeadError, PromptError, QueueFullError, RankFailedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -167,6 +167,26 @@ def test_a_burst_of_requests_leaves_nothing_behind(llm: AsyncLLM, loop: asyncio.
         await _idle(llm)
 
     loop.run_until_complete(asyncio.wait_for(burst(), 240))
+
+
+def test_a_full_queue_refuses_what_comes_then_and_serves_the_rest(
+    ray_session: None, loop: asyncio.AbstractEventLoop
+) -> None:
+    async def scenario() -> None:
+        llm = await AsyncLLM.start(max_num_seqs=1, max_waiting=2)
+        try:
+            requests = [_last(llm, [i + 1], _greedy(200)) for i in range(8)]
+            results = await asyncio.gather(*requests, return_exceptions=True)
+        finally:
+            await llm.shutdown()
+        refused = [result for result in results if isinstance(result, QueueFullError)]
+        served = [result for result in results if isinstance(result, RequestOutput)]
+        assert len(refused) + len(served) == 8
+        assert 1 <= len(refused) <= 6
+        assert "2" in str(refused[0])
+        assert all(len(output.outputs[0].token_ids) == 200 for output in served)
+
+    _run(loop, scenario())
 
 
 def test_the_death_of_a_rank_ends_every_request_with_its_name(
