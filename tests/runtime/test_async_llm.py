@@ -158,15 +158,23 @@ def test_parked_ranks_take_next_to_no_cpu_and_wake_at_once(
     assert _run(loop, _last(llm, [1], _greedy(2))).finished
 
 
-def test_a_burst_of_requests_leaves_nothing_behind(llm: AsyncLLM, loop: asyncio.AbstractEventLoop) -> None:
-    async def burst() -> None:
+def test_bursts_of_requests_leave_nothing_behind(llm: AsyncLLM, loop: asyncio.AbstractEventLoop) -> None:
+    ranks = [psutil.Process(report.pid) for report in llm.ranks]
+
+    async def burst() -> list[int]:
         outputs = await asyncio.gather(
             *(_last(llm, [i % 900 + 1, 5], _greedy(1 + i % 3)) for i in range(1000))
         )
         assert [len(o.outputs[0].token_ids) for o in outputs] == [1 + i % 3 for i in range(1000)]
         await _idle(llm)
+        for stats in await llm.stats():
+            assert (stats.scheduler["blocks_used"], stats.scheduler["slots_used"]) == (0, 0)
+        return [rank.memory_info().rss for rank in ranks]
 
-    loop.run_until_complete(asyncio.wait_for(burst(), 240))
+    # The first burst grows pools and caches to their size; the second finds them there.
+    first = loop.run_until_complete(asyncio.wait_for(burst(), 240))
+    second = loop.run_until_complete(asyncio.wait_for(burst(), 240))
+    assert all(after - before < 32e6 for before, after in zip(first, second, strict=True)), (first, second)
 
 
 def test_a_full_queue_refuses_what_comes_then_and_serves_the_rest(
