@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 
@@ -18,23 +17,6 @@ from moe_runtime.weights.index import read_index
 from moe_runtime.weights.load import load_weights
 
 _PROGRESS_INTERVAL_S = 0.2
-
-
-def model_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype to compute in; `auto` is the checkpoint's own, bfloat16 where it names none.
-
-    Raises:
-        ConfigError: config.json names something that is no floating-point dtype.
-    """
-    if name == "auto":
-        # "dtype" is what transformers 5 writes, "torch_dtype" what earlier versions and the Hub have.
-        name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(
-            f"config.json: dtype must be float32, bfloat16 or float16, got {name!r}; pass dtype= to overrule it"
-        )
-    return dtype
 
 
 def build_model(

@@ -72,7 +72,7 @@ class EngineClient:
         """Send one request, all of its samples to one rank.
 
         Args:
-            samples: share a request id that is this client's alone, see `new_request_id`.
+            samples: share a request id that no other driver of the deployment uses.
 
         Raises:
             EngineDeadError: the deployment has ended.

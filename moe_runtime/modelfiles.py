@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 DEMO_NAME = "demo"
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -98,6 +99,19 @@ def resolve_model(
         raise ModelNotFoundError(f"no such directory: {name} (and it is no Hub id, which reads owner/name)")
     path = _download(name, revision, config_only=config_only)
     return _read_directory(name, path, path / "config.json")
+
+
+def dtype_name(config: Mapping[str, Any], dtype: str = "auto") -> str:
+    """The dtype to compute in; "auto" is the configuration's own, bfloat16 where it names none.
+
+    Raises ConfigError where config.json, or `dtype`, names something that weights are not kept in.
+    """
+    if dtype == "auto":  # transformers 5 writes `dtype`, older versions and the Hub `torch_dtype`
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype!r}")
+    return name
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

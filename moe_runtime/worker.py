@@ -7,7 +7,6 @@ reads this rank's weights and makes its caches; `open_server` and `serve` serve 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +16,7 @@ import torch
 from moe_kernels.device import DeviceProfile
 from moe_kernels.select import select
 from moe_models.interfaces import ExpertShard, LayerCacheSpec, StateCacheSpec
-from moe_runtime.building import build_model, model_dtype, read_weights
+from moe_runtime.building import build_model, read_weights
 from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.pool import allocate
 from moe_runtime.cache.sizing import checkpoint_interval
@@ -25,6 +24,7 @@ from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.delivery import Delivery
 from moe_runtime.errors import ConfigError
 from moe_runtime.memory import plan_rank_caches
+from moe_runtime.modelfiles import dtype_name
 from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
@@ -36,8 +36,6 @@ from moe_runtime.step_loop import StepLoop
 from moe_runtime.tokenizer import find_tokenizer
 from moe_runtime.transport.mailbox import Mailbox
 from moe_runtime.transport.rank_server import RankServer
-
-logger = logging.getLogger(__name__)
 
 
 class RankWorker:
@@ -88,7 +86,7 @@ class RankWorker:
         """Build the model, read this rank's weights, make the caches; yields bytes read as it goes."""
         spec, config = self._spec, self._config
         experts = spec.placement.experts_of_rank[spec.rank]
-        self._dtype = model_dtype(config.dtype, spec.model_files.config)
+        self._dtype: torch.dtype = getattr(torch, dtype_name(spec.model_files.config, config.dtype))
         self._plan = select(self._profile, self._dtype, os.environ.get("MOE_RUNTIME_KERNELS", "auto"))
         shard = ExpertShard(spec.placement.num_experts, experts)
         model, facts = build_model(

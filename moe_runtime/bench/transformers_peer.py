@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from moe_runtime.building import model_dtype
 from moe_runtime.errors import ConfigError
+from moe_runtime.modelfiles import dtype_name
 
 
 class TransformersPeer:
@@ -33,7 +33,7 @@ class TransformersPeer:
             ) from error
         torch.set_num_threads(num_threads)
         self._model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=model_dtype(dtype, {}), experts_implementation=experts
+            path, dtype=getattr(torch, dtype_name({}, dtype)), experts_implementation=experts
         ).eval()
         # No token ends a text: every request is to have the same length.
         self._model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -11,14 +11,13 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.inspection import cache
 from moe_runtime.inspection.fit import Fit
 from moe_runtime.inspection.model_info import InspectionFacts, ModelInfo, TokenizerFacts
+from moe_runtime.modelfiles import dtype_name
 from moe_runtime.registry import resolve_target
 
 if TYPE_CHECKING:
     from moe_runtime.modelfiles import ModelFiles
 
 __all__ = ["Fit", "InspectionFacts", "ModelInfo", "TokenizerFacts", "inspect_model"]
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def inspect_model(
@@ -62,7 +61,7 @@ def inspect_model(
     request = {
         "target": target.to_dict(),
         "config": files.config,
-        "dtype": _dtype_name(files.config, dtype),
+        "dtype": dtype_name(files.config, dtype),
         "quantization": _quantization(files.config),
     }
     tokenizer_config = files.tokenizer_config or {}
@@ -87,16 +86,6 @@ def _resolve(model: str | os.PathLike[str] | ModelFiles | None, revision: str | 
     from moe_runtime.modelfiles import ModelFiles, resolve_model
 
     return model if isinstance(model, ModelFiles) else resolve_model(model, revision, config_only=True)
-
-
-def _dtype_name(config: Mapping[str, Any], dtype: str) -> str:
-    """The dtype's plain name; transformers 5 writes it as `dtype`, older versions as `torch_dtype`."""
-    if dtype == "auto":
-        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype!r}")
-    return name
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
