@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -14,9 +16,14 @@ import torch
 _INSTRUCTION_SETS = {
     "avx2": "avx2",
     "fma": "fma",
+    "f16c": "f16c",
     "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512vl": "avx512vl",
+    "avx512dq": "avx512dq",
     "avx512_vnni": "avx512_vnni",
     "avx512_bf16": "avx512_bf16",
+    "amx_tile": "amx_tile",
     "amx_bf16": "amx_bf16",
     "amx_int8": "amx_int8",
     "asimd": "neon",
@@ -32,7 +39,8 @@ class DeviceProfile:
     kind: str  # "cuda" or "cpu"
     name: str
     total_memory: int  # bytes
-    compute_capability: tuple[int, int] | None = None  # of a GPU
+    compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU
+    gcn_architecture: str | None = None  # of an AMD GPU: "gfx942"
     num_multiprocessors: int | None = None  # of a GPU
     shared_memory_per_block_optin: int | None = None  # bytes, of a GPU
     l2_bytes: int | None = None  # of a GPU
@@ -61,8 +69,16 @@ class DeviceProfile:
         if self.kind == "cpu":
             sets = " ".join(self.instruction_sets) or "no vector extensions known"
             return f"{self.name} ({self.num_cores} cores, {memory}, {sets})"
-        capability = "".join(map(str, self.compute_capability or ()))
-        return f"{self.name} (sm_{capability}, {self.num_multiprocessors} multiprocessors, {memory})"
+        return f"{self.name} ({self.architecture}, {self.num_multiprocessors} multiprocessors, {memory})"
+
+    @property
+    def architecture(self) -> str:
+        """What compilers call it: "sm_90", "gfx942"; "cpu" for any CPU."""
+        if self.gcn_architecture is not None:
+            return self.gcn_architecture
+        if self.compute_capability is not None:
+            return "sm_{}{}".format(*self.compute_capability)
+        return self.kind
 
 
 def _query_cuda(device: str) -> DeviceProfile:
@@ -71,11 +87,14 @@ def _query_cuda(device: str) -> DeviceProfile:
             f"device is {device!r} but no GPU is visible to this process; use 'cpu', or a GPU build"
         )
     properties = torch.cuda.get_device_properties(torch.device(device))
+    # A ROCm build of torch calls its devices "cuda", too, and their numbers are not compute capabilities.
+    is_amd = torch.version.hip is not None
     return DeviceProfile(
         kind="cuda",
         name=properties.name,
         total_memory=properties.total_memory,
-        compute_capability=(properties.major, properties.minor),
+        compute_capability=None if is_amd else (properties.major, properties.minor),
+        gcn_architecture=properties.gcnArchName.partition(":")[0] if is_amd else None,
         num_multiprocessors=properties.multi_processor_count,
         # Not in every build's properties (ROCm has no opt-in size).
         shared_memory_per_block_optin=getattr(
@@ -87,6 +106,8 @@ def _query_cuda(device: str) -> DeviceProfile:
 
 def _query_cpu() -> DeviceProfile:
     name, flags = _cpuinfo(Path("/proc/cpuinfo"))
+    if "amx_tile" in flags and not may_use_amx():
+        flags = frozenset(flag for flag in flags if not flag.startswith("amx"))
     return DeviceProfile(
         kind="cpu",
         name=name or platform.processor() or platform.machine(),
@@ -94,6 +115,19 @@ def _query_cpu() -> DeviceProfile:
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         instruction_sets=tuple(ours for flag, ours in _INSTRUCTION_SETS.items() if flag in flags),
     )
+
+
+@functools.cache
+def may_use_amx() -> bool:
+    """Whether the system lets this process use AMX's tiles: Linux gives them to those that ask, on x86-64.
+
+    The number of the call and its arguments are from the kernel's page "Using XSTATE features in user space".
+    """
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    syscall = ctypes.CDLL(None).syscall
+    return syscall(*map(ctypes.c_long, (arch_prctl, request_permission, tile_data))) == 0
 
 
 def _cpuinfo(path: Path) -> tuple[str, frozenset[str]]:

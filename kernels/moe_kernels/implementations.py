@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
-T = TypeVar("T")
 
+def find_implementation(operation: str, table: Mapping[str, str], name: str) -> Callable[..., Any]:
+    """The function that `table` ("module:function" by name) has for `name`, imported on first use.
 
-def find_implementation(operation: str, table: Mapping[str, T], name: str) -> T:
-    """`table[name]`, or a ValueError that names the operation and what it has."""
-    if name not in table:
+    A name may carry an instruction set, as in "cpu:avx2": the function is given it as `isa`.
+
+    Raises ValueError that names the operation and what it has.
+    """
+    base, _, isa = name.partition(":")
+    if base not in table:
         raise ValueError(f"{operation} has no implementation {name!r}; it has {sorted(table)}")
-    return table[name]
+    return _imported(table[base], isa)
+
+
+@functools.cache
+def _imported(target: str, isa: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    found = getattr(importlib.import_module(module), function)
+    return functools.partial(found, isa=isa) if isa else found

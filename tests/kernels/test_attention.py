@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from moe_kernels.attention import paged_attention
+from tests.kernels.implementations import every_implementation
 from tests.kernels.packing import TOLERANCE, assert_near, pack
+
+implementation = every_implementation(paged_attention)
 
 HEAD_SIZE, BLOCK_SIZE, BLOCKS = 8, 4, 80
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from moe_kernels.conv import causal_conv1d
+from tests.kernels.implementations import every_implementation
 from tests.kernels.packing import TOLERANCE, assert_near, pack
+
+implementation = every_implementation(causal_conv1d)
 
 CHANNELS, SLOTS = 11, 6
 

@@ -7,10 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 
+from moe_kernels import device
 from moe_kernels.device import DeviceProfile, _cpuinfo
-from moe_kernels.select import KernelPlan, select
+from moe_kernels.native.units import LEVELS
+from moe_kernels.select import cpu_levels
 
 A100 = DeviceProfile(
     kind="cuda",
@@ -62,25 +63,21 @@ def test_a_gpu_says_what_it_is() -> None:
     assert profile.l2_bytes > 1 << 20
 
 
-@pytest.mark.parametrize("family", ["auto", "reference"])
-def test_every_operation_gets_the_reference_with_an_honest_reason(family: str) -> None:
-    plan = select(A100, torch.bfloat16, family)
-    operations = [field.name for field in fields(KernelPlan)]
-    assert {getattr(plan, name).implementation for name in operations} == {"reference"}
-    lines = plan.describe().splitlines()
-    assert [line.split()[0] for line in lines] == operations
-    assert all("plain torch on cuda" in line for line in lines)
+@pytest.mark.parametrize("allowed", [True, False])
+def test_amx_is_there_only_where_the_system_lets_this_process_use_it(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = frozenset({"avx2", "amx_tile", "amx_bf16", "amx_int8"})
+    monkeypatch.setattr(device, "_cpuinfo", lambda path: ("Some CPU", flags))
+    monkeypatch.setattr(device, "may_use_amx", lambda: allowed)
+    wanted = ("avx2", "amx_tile", "amx_bf16", "amx_int8") if allowed else ("avx2",)
+    assert DeviceProfile.query().instruction_sets == wanted
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype", "message"),
-    [
-        ("triton", torch.float32, "'triton', which this version does not have yet; use one of"),
-        ("cpu", torch.float32, "'cpu', which this version does not have yet"),
-        ("fast", torch.float32, "kernel family is 'fast'; wanted one of"),
-        ("auto", torch.int8, "dtype is torch.int8; the kernels compute in torch.float32"),
-    ],
-)
-def test_what_there_are_no_kernels_for_is_refused(family: str, dtype: torch.dtype, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        select(A100, dtype, family)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_cpu_is_asked_for_all_that_the_native_kernels_need(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_cpuinfo", lambda path: ("Some CPU", frozenset(LEVELS[level])))
+    monkeypatch.setattr(device, "may_use_amx", lambda: True)
+    assert cpu_levels(DeviceProfile.query())[0] == level

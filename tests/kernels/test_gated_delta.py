@@ -10,7 +10,10 @@ import torch
 
 from moe_kernels.gated_delta import gated_delta_rule
 from moe_kernels.sequences import PackedSequences
+from tests.kernels.implementations import every_implementation
 from tests.kernels.packing import TOLERANCE, assert_near, pack
+
+implementation = every_implementation(gated_delta_rule)
 
 KEY_HEADS, VALUE_HEADS, KEY_SIZE, VALUE_SIZE, SLOTS = 2, 6, 8, 5, 7
 

@@ -94,7 +94,8 @@ def test_partial_sums_of_two_halves_make_the_whole() -> None:
 
 def test_an_unknown_implementation_is_refused_by_name() -> None:
     with pytest.raises(
-        ValueError, match="grouped_gemm has no implementation 'cuda'; it has \\['reference'\\]"
+        ValueError,
+        match="grouped_gemm has no implementation 'cuda'; it has \\['cpu', 'float32', 'reference', 'triton'\\]",
     ):
         fused_experts(
             torch.ones(1, HIDDEN),

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from moe_kernels.norm import apply_rotary, rms_norm, rms_norm_gated
+from tests.kernels.implementations import every_implementation
 from tests.kernels.packing import TOLERANCE, assert_near
+
+implementation = every_implementation(apply_rotary, rms_norm, rms_norm_gated)
 
 EPS = 1e-3  # large enough to show
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from moe_kernels.routing import route
-from tests.kernels.packing import TOLERANCE, assert_near
+from tests.kernels.implementations import DTYPES, every_implementation
+from tests.kernels.packing import assert_near
+
+implementation = every_implementation(route)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize(("experts", "top_k"), [(7, 1), (7, 7), (65, 10)])
 def test_equals_sorted_softmax(experts: int, top_k: int, renormalize: bool, dtype: torch.dtype) -> None:
@@ -37,6 +40,18 @@ def test_equals_sorted_softmax(experts: int, top_k: int, renormalize: bool, dtyp
 def test_large_bfloat16_logits_do_not_overflow() -> None:
     _, weights = route(torch.tensor([[3e4, -3e4, 2.9e4]], dtype=torch.bfloat16), 2, True)
     assert weights.tolist() == [[1.0, 0.0]]
+
+
+def test_equal_logits_choose_distinct_experts() -> None:
+    ids, _ = route(torch.zeros(2, 7), 5, True)
+    assert [len(set(row)) for row in ids.tolist()] == [5, 5]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+def test_experts_of_a_row_of_nan_are_there() -> None:
+    ids, _ = route(torch.full((2, 7), math.nan), 5, True)
+    assert ids.ge(0).all()
+    assert ids.lt(7).all()
 
 
 def test_no_tokens() -> None:

@@ -22,6 +22,7 @@ def paged_attention(
     block_tables_BM: torch.Tensor,
     sequences: PackedSequences,
     scale: float,
+    gate_TND: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `moe_kernels.attention.paged_attention`."""
     k_cache.flatten(0, 1)[kv_slots_T] = k_TMD.to(k_cache.dtype)
@@ -39,7 +40,7 @@ def paged_attention(
         keys = k_cache[blocks].flatten(0, 1)[:length]
         values = v_cache[blocks].flatten(0, 1)[:length]
         out_TND[tokens] = _attend(q_TND[tokens], keys, values, scale)
-    return out_TND
+    return out_TND if gate_TND is None else out_TND * torch.sigmoid(gate_TND)
 
 
 def _attend(q_TND: torch.Tensor, k_SMD: torch.Tensor, v_SMD: torch.Tensor, scale: float) -> torch.Tensor:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from moe_kernels.conv import reference
 from moe_kernels.implementations import find_implementation
 from moe_kernels.sequences import PackedSequences
 
-_TABLE = {"reference": reference.causal_conv1d}
+_TABLE = {
+    "reference": "moe_kernels.conv.reference:causal_conv1d",
+    "cpu": "moe_kernels.conv.cpu:causal_conv1d",
+    "triton": "moe_kernels.conv.triton:causal_conv1d",
+}
 
 
 def causal_conv1d(

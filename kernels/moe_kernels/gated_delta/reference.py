@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from moe_kernels.numerics import accumulation_dtype
 from moe_kernels.sequences import PackedSequences
@@ -53,6 +54,13 @@ def gated_delta_rule(
                 state[checkpoint_slot] = now_NDV.to(state.dtype)
         state[slot] = now_NDV.to(state.dtype)[None]
     return out_TNV.to(v_TNV.dtype)
+
+
+def delta_gates(
+    a_TN: torch.Tensor, b_TN: torch.Tensor, a_log_N: torch.Tensor, dt_bias_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `moe_kernels.gated_delta.delta_gates`."""
+    return -a_log_N.exp() * F.softplus(a_TN.float() + dt_bias_N), b_TN.sigmoid()
 
 
 def _parts(tokens: slice, checkpoints: list[tuple[int, int]]) -> Iterator[tuple[slice, int | None]]:

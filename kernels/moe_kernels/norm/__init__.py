@@ -8,11 +8,27 @@ from __future__ import annotations
 import torch
 
 from moe_kernels.implementations import find_implementation
-from moe_kernels.norm import reference
 
-_RMS_NORM = {"reference": reference.rms_norm}
-_RMS_NORM_GATED = {"reference": reference.rms_norm_gated}
-_APPLY_ROTARY = {"reference": reference.apply_rotary}
+_RMS_NORM = {
+    "reference": "moe_kernels.norm.reference:rms_norm",
+    "cpu": "moe_kernels.norm.cpu:rms_norm",
+    "triton": "moe_kernels.norm.triton:rms_norm",
+}
+_RMS_NORM_GATED = {
+    "reference": "moe_kernels.norm.reference:rms_norm_gated",
+    "cpu": "moe_kernels.norm.cpu:rms_norm_gated",
+    "triton": "moe_kernels.norm.triton:rms_norm_gated",
+}
+_APPLY_ROTARY = {
+    "reference": "moe_kernels.norm.reference:apply_rotary",
+    "cpu": "moe_kernels.norm.cpu:apply_rotary",
+    "triton": "moe_kernels.norm.triton:apply_rotary",
+}
+_SILU_AND_MUL = {
+    "reference": "moe_kernels.norm.reference:silu_and_mul",
+    "cpu": "moe_kernels.norm.cpu:silu_and_mul",
+    "triton": "moe_kernels.norm.triton:silu_and_mul",
+}
 
 
 def rms_norm(
@@ -59,3 +75,8 @@ def apply_rotary(
     Dimension i is paired with i + R/2, so cos and sin (in q's dtype) repeat their first half in the second.
     """
     return find_implementation("norm", _APPLY_ROTARY, implementation)(q_TND, k_TMD, cos_TR, sin_TR)
+
+
+def silu_and_mul(gate_up: torch.Tensor, *, implementation: str = "reference") -> torch.Tensor:
+    """silu(gate) * up, where the last dimension holds all of gate and then all of up."""
+    return find_implementation("norm", _SILU_AND_MUL, implementation)(gate_up)

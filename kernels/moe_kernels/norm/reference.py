@@ -29,6 +29,12 @@ def apply_rotary(
     return _rotate(q_TND, cos_T1R, sin_T1R), _rotate(k_TMD, cos_T1R, sin_T1R)
 
 
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """See `moe_kernels.norm.silu_and_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def _normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.to(accumulation_dtype(x.dtype))
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch
 
 from moe_kernels.implementations import find_implementation
-from moe_kernels.routing import reference
 
-_TABLE = {"reference": reference.route}
+_TABLE = {
+    "reference": "moe_kernels.routing.reference:route",
+    "cpu": "moe_kernels.routing.cpu:route",
+    "triton": "moe_kernels.routing.triton:route",
+}
 
 
 def route(

@@ -1,0 +1,1 @@
+"""Native code: C and C++ sources, compiled once on the machine that runs them."""
