@@ -5,9 +5,12 @@ Shape legend: T tokens of this rank in the step, B sequences, M block-table widt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import add
 
 import torch
+
+from moe_kernels.sequences import PackedSequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,19 @@ class ForwardBatch:
     # (index in B, n, slot): the sequence's state after its first n tokens of this step is written to slot, too.
     # Only of sequences after the decodes, in order of B and n; no slot is another's.
     state_checkpoints: tuple[tuple[int, int, int], ...] = ()
+    # What the kernels need of the above; one object for all layers, since it keeps what they derive from it.
+    sequences: PackedSequences = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sequences = PackedSequences(
+            cu_seqlens=self.cu_seqlens,
+            context_lens_B=self.context_lens_B,
+            query_lens=self.query_lens,
+            context_lens=self.context_lens,
+            num_decodes=self.num_decodes,
+            state_checkpoints=self.state_checkpoints,
+        )
+        object.__setattr__(self, "sequences", sequences)
 
     @property
     def num_tokens(self) -> int:
@@ -42,3 +58,8 @@ class ForwardBatch:
     def num_seqs(self) -> int:
         """B."""
         return len(self.query_lens)
+
+    @property
+    def end(self) -> int:
+        """One past the furthest position of its tokens."""
+        return max(map(add, self.context_lens, self.query_lens), default=0)

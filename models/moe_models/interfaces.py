@@ -61,6 +61,17 @@ class TokenDispatcher(Protocol):
         ...
 
 
+Recorder = Callable[[torch.Tensor], None]
+
+
+def recorder_of(dispatcher: TokenDispatcher) -> Recorder | None:
+    """Who is told the experts that all layers chose, int64 [layers, T, K], if they may compute without the dispatcher.
+
+    They may where tokens stay where they are and ids are local ids; a dispatcher of that kind has a `recorder`.
+    """
+    return getattr(dispatcher, "recorder", None)
+
+
 # --------------------------------------------------------------------------- caches
 
 
@@ -117,6 +128,21 @@ LayerCache = KVCache | StateCache
 # --------------------------------------------------------------------------- weights
 
 
+def scale_parameter(name: str) -> str:
+    """The parameter that holds the scales of the parameter `name`, where that is int8 or float8_e4m3fn.
+
+    A checkpoint's loads name the weight alone: its scales are filled with it.
+    """
+    return f"{name}_scale"
+
+
+def scale_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the model's parameters that hold the scales of others."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    scaled = (torch.int8, torch.float8_e4m3fn)
+    return frozenset(scale_parameter(name) for name, parameter in parameters if parameter.dtype in scaled)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorLoad:
     """One copy from a slice of a checkpoint tensor into a slice of a parameter."""
@@ -156,6 +182,13 @@ class ModelDescription:
     tie_word_embeddings: bool
     modalities: tuple[str, ...] = ("text",)
     num_mtp_layers: int = 0
+    head_size: int = 0  # of full attention; 0: the model has none
+    num_attention_heads: int = 0
+    num_kv_heads: int = 0
+    linear_key_size: int = 0  # of Gated DeltaNet; 0: the model has none
+    linear_value_size: int = 0
+    num_linear_key_heads: int = 0
+    num_linear_value_heads: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

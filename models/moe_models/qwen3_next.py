@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_kernels import blocks
 from moe_kernels.select import KernelPlan
 from moe_models.batch import ForwardBatch
 from moe_models.interfaces import (
@@ -24,6 +25,7 @@ from moe_models.interfaces import (
     TensorLoad,
     TokenDispatcher,
     WeightMap,
+    recorder_of,
 )
 from moe_models.layers.attention import GatedAttention
 from moe_models.layers.embedding import Embedding
@@ -31,7 +33,7 @@ from moe_models.layers.gated_delta_net import GatedDeltaNet
 from moe_models.layers.linear import Linear
 from moe_models.layers.moe import GatedMLP, SparseMoE
 from moe_models.layers.norm import ZeroCenteredRMSNorm
-from moe_models.layers.rotary import rotary_cos_sin
+from moe_models.layers.rotary import RotaryTable
 from moe_models.qwen3_next_config import Qwen3NextConfig
 
 # Tensors of Hub checkpoints that the model has no use for: multi-token prediction, and saved frequencies.
@@ -88,7 +90,7 @@ class DecoderLayer(nn.Module):
         self.mixer = _attention(config, plan) if full else _delta_net(config, plan)
         self.mlp_norm = ZeroCenteredRMSNorm(hidden, eps, plan.norm)
         sparse = index in config.sparse_layers
-        self.mlp = _moe(config, shard, plan) if sparse else GatedMLP(hidden, config.intermediate_size)
+        self.mlp = _moe(config, shard, plan) if sparse else GatedMLP(hidden, config.intermediate_size, plan)
 
     def forward(
         self,
@@ -98,19 +100,31 @@ class DecoderLayer(nn.Module):
         batch: ForwardBatch,
         cache: LayerCache,
         dispatcher: TokenDispatcher,
+        step: blocks.Step | None,
     ) -> torch.Tensor:
-        """x_TH after the layer; updates `cache`. A dense layer makes no dispatch."""
-        normed_TH = self.input_norm(x_TH)
+        """x_TH after the layer; updates `cache`. A dense layer makes no dispatch. `step`: whole layers in one call."""
         if isinstance(self.mixer, GatedAttention):
             assert isinstance(cache, KVCache)
-            x_TH = x_TH + self.mixer(normed_TH, cos_TR, sin_TR, batch, cache)
+            x_TH = self.mixer(x_TH, self.input_norm, cos_TR, sin_TR, batch, cache, step)
         else:
             assert isinstance(cache, StateCache)
-            x_TH = x_TH + self.mixer(normed_TH, batch, cache)
-        normed_TH = self.mlp_norm(x_TH)
+            x_TH = self.mixer(x_TH, self.input_norm, batch, cache, step)
         if isinstance(self.mlp, SparseMoE):
-            return x_TH + self.mlp(normed_TH, dispatcher)
-        return x_TH + self.mlp(normed_TH)
+            return self.mlp(x_TH, self.mlp_norm, dispatcher, in_blocks=step is not None)
+        return x_TH + self.mlp(self.mlp_norm(x_TH))
+
+    def layer_blocks(self, cache: LayerCache) -> blocks.LayerBlocks | None:
+        """The layer for a call that computes all layers; None: it has no experts, or in another format."""
+        if not isinstance(self.mlp, SparseMoE) or not blocks.takes(experts := self.mlp.experts.as_weights()):
+            return None
+        if isinstance(self.mixer, GatedAttention):
+            assert isinstance(cache, KVCache)
+            mixer: blocks.AttentionBlock | blocks.DeltaNetBlock = self.mixer.block(self.input_norm, cache)
+        else:
+            assert isinstance(cache, StateCache)
+            mixer = self.mixer.block(self.input_norm, cache)
+        router, shared = self.mlp.block_pair(self.mlp_norm)
+        return blocks.LayerBlocks(mixer, router, experts, shared)
 
     def checkpoint_shapes(self, prefix: str, fused: bool) -> dict[str, tuple[int, ...]]:
         """Tensors of the layer whose names start with `prefix`, and their shapes."""
@@ -163,6 +177,13 @@ class Qwen3NextForCausalLM(CausalLM):
             shared_expert_intermediate_size=parsed.shared_expert_intermediate_size,
             tie_word_embeddings=parsed.tie_word_embeddings,
             num_mtp_layers=parsed.num_mtp_layers,
+            head_size=parsed.head_dim,
+            num_attention_heads=parsed.num_attention_heads,
+            num_kv_heads=parsed.num_key_value_heads,
+            linear_key_size=parsed.linear_key_head_dim,
+            linear_value_size=parsed.linear_value_head_dim,
+            num_linear_key_heads=parsed.linear_num_key_heads,
+            num_linear_value_heads=parsed.linear_num_value_heads,
         )
 
     def __init__(self, config: Mapping[str, Any], shard: ExpertShard, plan: KernelPlan) -> None:
@@ -174,12 +195,18 @@ class Qwen3NextForCausalLM(CausalLM):
                 f"wanted num_experts of config.json ({parsed.num_experts})"
             )
         self.config = parsed
-        self.embed_tokens = Embedding(parsed.vocab_size, parsed.hidden_size)
+        self.isa = plan.blocks.isa
+        self._rotary = RotaryTable(parsed.rotary_dim, parsed.rope_theta)
+        self._decoder: blocks.DecoderBlock | None = None
+        self._decoder_caches: tuple[LayerCache, ...] | None = None  # what `_decoder` was made for
+        self.embed_tokens = Embedding(parsed.vocab_size, parsed.hidden_size, plan.linear)
         self.layers = nn.ModuleList(
             DecoderLayer(parsed, index, shard, plan) for index in range(parsed.num_hidden_layers)
         )
         self.norm = ZeroCenteredRMSNorm(parsed.hidden_size, parsed.rms_norm_eps, plan.norm)
-        self.lm_head = None if parsed.tie_word_embeddings else Linear(parsed.hidden_size, parsed.vocab_size)
+        self.lm_head = (
+            None if parsed.tie_word_embeddings else Linear(parsed.hidden_size, parsed.vocab_size, plan.linear)
+        )
 
     def cache_specs(self) -> tuple[LayerCacheSpec, ...]:
         dtype = self.embed_tokens.weight.dtype
@@ -188,13 +215,43 @@ class Qwen3NextForCausalLM(CausalLM):
     def forward(
         self, batch: ForwardBatch, caches: tuple[LayerCache, ...], dispatcher: TokenDispatcher
     ) -> torch.Tensor:
+        cos_TR, sin_TR = self._rotary(batch.positions_T, batch.end, self.embed_tokens.weight.dtype)
+        step = None
+        if self.isa is not None and batch.num_tokens:
+            step = blocks.Step(
+                batch.sequences,
+                batch.state_slots_B,
+                batch.kv_slots_T,
+                batch.block_tables_BM,
+                cos_TR,
+                sin_TR,
+            )
+            decoder = self._decoder_for(caches)
+            record = recorder_of(dispatcher)
+            if decoder is not None and record is not None:
+                hidden_TH, ids_MTK = decoder(batch.token_ids_T, step)
+                record(ids_MTK)
+                return hidden_TH
         x_TH = self.embed_tokens(batch.token_ids_T)
-        cos_TR, sin_TR = rotary_cos_sin(
-            batch.positions_T, self.config.rotary_dim, self.config.rope_theta, x_TH.dtype
-        )
         for layer, cache in zip(self.layers, caches, strict=True):
-            x_TH = layer(x_TH, cos_TR, sin_TR, batch, cache, dispatcher)
+            x_TH = layer(x_TH, cos_TR, sin_TR, batch, cache, dispatcher, step)
         return self.norm(x_TH)
+
+    def _decoder_for(self, caches: tuple[LayerCache, ...]) -> blocks.DecoderBlock | None:
+        """All but the head in one call, if each layer has experts that this can compute; made anew for other caches."""
+        if self._decoder_caches is not caches:
+            assert self.isa is not None, "only asked for where the plan has blocks"
+            found = [
+                layer.layer_blocks(cache) for layer, cache in zip(self._decoder_layers(), caches, strict=True)
+            ]
+            layers = [layer for layer in found if layer is not None]
+            self._decoder = None
+            if len(layers) == len(found):
+                self._decoder = blocks.DecoderBlock(
+                    self.embed_tokens.weight, layers, self.norm.weight, self.isa
+                )
+            self._decoder_caches = caches
+        return self._decoder
 
     def compute_logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens.logits(hidden_NH) if self.lm_head is None else self.lm_head(hidden_NH)

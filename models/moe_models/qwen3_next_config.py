@@ -102,14 +102,6 @@ def _refuse_unsupported(config: Config) -> None:
         raise wrong("hidden_act", config["hidden_act"], "'silu', the only activation of this model")
     if boolean(config, "attention_bias", False):
         raise wrong("attention_bias", True, "false: attention with biases is not supported")
-    quantization = mapping(config, "quantization_config")
-    if quantization:
-        method = quantization.get("quant_method")
-        raise wrong(
-            "quantization_config.quant_method",
-            method,
-            "no quantization_config: quantised checkpoints are not supported, use the unquantised one",
-        )
 
 
 def _rope(config: Config, head_dim: int) -> tuple[float, int]:

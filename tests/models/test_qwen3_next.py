@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_kernels.select import KernelPlan
 from moe_models.interfaces import Dispatched, ExpertShard
 from moe_models.local_dispatch import LocalDispatcher
 from tests.checkpoints import (
@@ -20,6 +21,7 @@ from tests.checkpoints import (
     reference_logprobs,
     to_fused_layout,
 )
+from tests.kernels.implementations import IMPLEMENTATIONS
 from tests.models.model_harness import Harness, load_model
 
 # Largest difference of a log-probability in float32.
@@ -42,6 +44,12 @@ def case(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> tuple[
     return load_reference(path), path
 
 
+@pytest.fixture(params=IMPLEMENTATIONS)
+def plan(request: pytest.FixtureRequest) -> KernelPlan:
+    """Plain torch, and every copy of the compiled kernels that this machine runs: layers in one call."""
+    return KernelPlan.uniform(request.param, "tested")
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(1, 199), k=length)
 
@@ -52,23 +60,23 @@ def assert_same_logprobs(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert difference <= TOLERANCE, f"log-probabilities differ by {difference:.1e}"
 
 
-def test_prompts_of_different_lengths_in_one_batch(case: tuple[Any, Path]) -> None:
+def test_prompts_of_different_lengths_in_one_batch(case: tuple[Any, Path], plan: KernelPlan) -> None:
     reference, path = case
     prompts = {name: prompt(length, seed) for seed, (name, length) in enumerate(LENGTHS.items())}
-    got = Harness(load_model(path)).step(prompts)
+    got = Harness(load_model(path, plan=plan)).step(prompts)
     for name, ids in prompts.items():
         assert_same_logprobs(got[name], reference_logprobs(reference, ids))
 
 
-def test_chunked_prefill_beside_decodes(case: tuple[Any, Path]) -> None:
+def test_chunked_prefill_beside_decodes(case: tuple[Any, Path], plan: KernelPlan) -> None:
     reference, path = case
-    harness = Harness(load_model(path), seed=1)
+    harness = Harness(load_model(path, plan=plan), seed=1)
     ids = {"long": prompt(83, 1), "short": prompt(12, 2), "late": prompt(5, 3)}
     done: dict[str, list[torch.Tensor]] = {name: [] for name in ids}
     # Chunks of a token, fewer than the convolution's history, up to a delta-rule chunk and beyond.
-    plan = [{"long": 5, "short": 2}, {"short": 1, "long": 66}, {"long": 2, "short": 1, "late": 1}]
-    plan += [{"short": 1, "long": 1, "late": 4}, {"long": 9, "short": 7}]
-    for sizes in plan:
+    steps = [{"long": 5, "short": 2}, {"short": 1, "long": 66}, {"long": 2, "short": 1, "late": 1}]
+    steps += [{"short": 1, "long": 1, "late": 4}, {"long": 9, "short": 7}]
+    for sizes in steps:
         starts = {name: sum(map(len, done[name])) for name in sizes}
         step = {name: ids[name][starts[name] : starts[name] + size] for name, size in sizes.items()}
         for name, logprobs in harness.step(step).items():
@@ -77,9 +85,9 @@ def test_chunked_prefill_beside_decodes(case: tuple[Any, Path]) -> None:
         assert_same_logprobs(torch.cat(parts), reference_logprobs(reference, ids[name]))
 
 
-def test_greedy_decoding_step_by_step(case: tuple[Any, Path]) -> None:
+def test_greedy_decoding_step_by_step(case: tuple[Any, Path], plan: KernelPlan) -> None:
     reference, path = case
-    harness = Harness(load_model(path))
+    harness = Harness(load_model(path, plan=plan))
     ids = {"a": prompt(17, 4), "b": prompt(3, 5)}
     tokens: dict[str, list[int]] = {name: [] for name in ids}
     step = ids
@@ -111,8 +119,8 @@ def test_fused_layout_gives_the_same_model(case: tuple[Any, Path], tmp_path: Pat
         assert torch.equal(ours, fused), name
 
 
-def test_a_step_without_tokens(checkpoints: dict[str, Path]) -> None:
-    assert Harness(load_model(checkpoints["base"])).step({}) == {}
+def test_a_step_without_tokens(checkpoints: dict[str, Path], plan: KernelPlan) -> None:
+    assert Harness(load_model(checkpoints["base"], plan=plan)).step({}) == {}
 
 
 # --------------------------------------------------------------------------- experts on two ranks

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moe_kernels import blocks
 from moe_kernels.attention import paged_attention
 from moe_kernels.norm import apply_rotary
 from moe_kernels.select import KernelPlan
@@ -15,7 +16,6 @@ from moe_models.batch import ForwardBatch
 from moe_models.interfaces import KVCache, KVCacheSpec, TensorLoad
 from moe_models.layers.linear import Linear
 from moe_models.layers.norm import ZeroCenteredRMSNorm
-from moe_models.layers.sequences import packed_sequences
 
 
 class GatedAttention(nn.Module):
@@ -35,17 +35,53 @@ class GatedAttention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.attention = plan.attention.implementation
+        self.eps = eps
+        self.attention = plan.attention
         self.rotary = plan.norm.implementation
+        self.isa = plan.blocks.isa
+        self._block: blocks.AttentionBlock | None = None  # made for the first cache
+        self._block_cache: KVCache | None = None
         self.q_size = num_heads * head_dim
         self.kv_size = num_kv_heads * head_dim
         # Rows: q of all heads, gate of all heads, k, v.
-        self.in_proj = Linear(hidden_size, 2 * self.q_size + 2 * self.kv_size)
+        self.in_proj = Linear(hidden_size, 2 * self.q_size + 2 * self.kv_size, plan.linear)
         self.q_norm = ZeroCenteredRMSNorm(head_dim, eps, plan.norm)
         self.k_norm = ZeroCenteredRMSNorm(head_dim, eps, plan.norm)
-        self.out_proj = Linear(self.q_size, hidden_size)
+        self.out_proj = Linear(self.q_size, hidden_size, plan.linear)
 
     def forward(
+        self,
+        x_TH: torch.Tensor,
+        norm: ZeroCenteredRMSNorm,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
+        batch: ForwardBatch,
+        cache: KVCache,
+        step: blocks.Step | None,
+    ) -> torch.Tensor:
+        """x plus the layer's output for norm(x); writes keys and values into `cache`. `step`: in one call."""
+        if step is None:
+            return x_TH + self._attend(norm(x_TH), cos_TR, sin_TR, batch, cache)
+        return self.block(norm, cache)(x_TH, step)
+
+    def block(self, norm: ZeroCenteredRMSNorm, cache: KVCache) -> blocks.AttentionBlock:
+        """The layer in one call; made anew for another cache."""
+        if self._block is None or self._block_cache is not cache:
+            self._block, self._block_cache = self._make_block(norm, cache), cache
+        return self._block
+
+    def _make_block(self, norm: ZeroCenteredRMSNorm, cache: KVCache) -> blocks.AttentionBlock:
+        assert self.isa is not None, "a step for blocks comes with a plan that has them"
+        weights = blocks.AttentionWeights(
+            norm.weight,
+            self.in_proj.as_weight(),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.out_proj.as_weight(),
+        )
+        return blocks.AttentionBlock(weights, self.eps, cache.k, cache.v, self.isa)
+
+    def _attend(
         self,
         x_TH: torch.Tensor,
         cos_TR: torch.Tensor,
@@ -53,7 +89,7 @@ class GatedAttention(nn.Module):
         batch: ForwardBatch,
         cache: KVCache,
     ) -> torch.Tensor:
-        """out_TH; writes the tokens' keys and values into `cache`."""
+        """out_TH, operation by operation."""
         sizes = [self.q_size, self.q_size, self.kv_size, self.kv_size]
         q, gate, k, v = self.in_proj(x_TH).split(sizes, dim=-1)
         q_TND = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim)))
@@ -68,11 +104,13 @@ class GatedAttention(nn.Module):
             cache.v,
             batch.kv_slots_T,
             batch.block_tables_BM,
-            packed_sequences(batch),
+            batch.sequences,
             self.head_dim**-0.5,
-            implementation=self.attention,
+            gate.unflatten(-1, (self.num_heads, self.head_dim)),
+            implementation=self.attention.implementation,
+            launch=self.attention.launch,
         )
-        return self.out_proj(out_TND.flatten(1) * torch.sigmoid(gate))
+        return self.out_proj(out_TND.flatten(1))
 
     def cache_spec(self, dtype: torch.dtype) -> KVCacheSpec:
         """What this layer keeps per token, in the model's dtype."""

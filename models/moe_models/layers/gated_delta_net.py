@@ -6,17 +6,17 @@ Shape legend: T tokens, H hidden, C convolution channels, N value heads, D key s
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
+from moe_kernels import blocks
 from moe_kernels.conv import causal_conv1d
-from moe_kernels.gated_delta import gated_delta_rule
+from moe_kernels.gated_delta import delta_gates, gated_delta_rule
 from moe_kernels.norm import rms_norm_gated
 from moe_kernels.select import KernelPlan
 from moe_models.batch import ForwardBatch
 from moe_models.interfaces import StateCache, StateCacheSpec, TensorLoad
 from moe_models.layers.linear import Linear, empty_parameter
-from moe_models.layers.sequences import packed_sequences
+from moe_models.layers.norm import ZeroCenteredRMSNorm
 
 
 class GatedDeltaNet(nn.Module):
@@ -41,24 +41,60 @@ class GatedDeltaNet(nn.Module):
         self.value_size = value_size
         self.eps = eps
         self.conv = plan.conv.implementation
-        self.gated_delta = plan.gated_delta.implementation
+        self.gated_delta = plan.gated_delta
         self.norm = plan.norm.implementation
+        self.isa = plan.blocks.isa
+        self._block: blocks.DeltaNetBlock | None = None  # made for the first cache
+        self._block_cache: StateCache | None = None
         self.keys = num_key_heads * key_size
         self.values = num_value_heads * value_size
         self.channels = 2 * self.keys + self.values
         # Rows: q of all heads, k, v, z; and b of all heads, a.
-        self.in_proj_qkvz = Linear(hidden_size, self.channels + self.values)
-        self.in_proj_ba = Linear(hidden_size, 2 * num_value_heads)
+        self.in_proj_qkvz = Linear(hidden_size, self.channels + self.values, plan.linear)
+        self.in_proj_ba = Linear(hidden_size, 2 * num_value_heads, plan.linear)
         self.conv_weight = empty_parameter(self.channels, 1, conv_kernel)
         # Exponents: a rounding of these to bfloat16 would change how long the state lives.
         self.A_log = empty_parameter(num_value_heads, dtype=torch.float32)
         self.dt_bias = empty_parameter(num_value_heads, dtype=torch.float32)
         self.norm_weight = empty_parameter(value_size)
-        self.out_proj = Linear(self.values, hidden_size)
+        self.out_proj = Linear(self.values, hidden_size, plan.linear)
 
-    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, cache: StateCache) -> torch.Tensor:
-        """out_TH; updates the sequences' slots in `cache`."""
-        sequences = packed_sequences(batch)
+    def forward(
+        self,
+        x_TH: torch.Tensor,
+        norm: ZeroCenteredRMSNorm,
+        batch: ForwardBatch,
+        cache: StateCache,
+        step: blocks.Step | None,
+    ) -> torch.Tensor:
+        """x plus the layer's output for norm(x); updates the sequences' slots in `cache`. `step`: in one call."""
+        if step is None:
+            return x_TH + self._mix(norm(x_TH), batch, cache)
+        return self.block(norm, cache)(x_TH, step)
+
+    def block(self, norm: ZeroCenteredRMSNorm, cache: StateCache) -> blocks.DeltaNetBlock:
+        """The layer in one call; made anew for another cache."""
+        if self._block is None or self._block_cache is not cache:
+            self._block, self._block_cache = self._make_block(norm, cache), cache
+        return self._block
+
+    def _make_block(self, norm: ZeroCenteredRMSNorm, cache: StateCache) -> blocks.DeltaNetBlock:
+        assert self.isa is not None, "a step for blocks comes with a plan that has them"
+        weights = blocks.DeltaNetWeights(
+            norm.weight,
+            self.in_proj_qkvz.as_weight(),
+            self.in_proj_ba.as_weight(),
+            self.conv_weight.squeeze(1),
+            self.A_log,
+            self.dt_bias,
+            self.norm_weight,
+            self.out_proj.as_weight(),
+        )
+        return blocks.DeltaNetBlock(weights, self.eps, cache.conv, cache.state, self.isa)
+
+    def _mix(self, x_TH: torch.Tensor, batch: ForwardBatch, cache: StateCache) -> torch.Tensor:
+        """out_TH, operation by operation."""
+        sequences = batch.sequences
         qkv_TC, z = self.in_proj_qkvz(x_TH).split([self.channels, self.values], dim=-1)
         b_TN, a_TN = self.in_proj_ba(x_TH).chunk(2, dim=-1)
         qkv_TC = causal_conv1d(
@@ -70,16 +106,20 @@ class GatedDeltaNet(nn.Module):
             implementation=self.conv,
         )
         q, k, v = qkv_TC.split([self.keys, self.keys, self.values], dim=-1)
+        decay_TN, beta_TN = delta_gates(
+            a_TN, b_TN, self.A_log, self.dt_bias, implementation=self.gated_delta.implementation
+        )
         out_TNV = gated_delta_rule(
             q.unflatten(-1, (self.num_key_heads, self.key_size)),
             k.unflatten(-1, (self.num_key_heads, self.key_size)),
             v.unflatten(-1, (self.num_value_heads, self.value_size)),
-            -self.A_log.exp() * F.softplus(a_TN.float() + self.dt_bias),
-            b_TN.sigmoid(),
+            decay_TN,
+            beta_TN,
             cache.state,
             batch.state_slots_B,
             sequences,
-            implementation=self.gated_delta,
+            implementation=self.gated_delta.implementation,
+            launch=self.gated_delta.launch,
         )
         z_TNV = z.unflatten(-1, (self.num_value_heads, self.value_size))
         out_TNV = rms_norm_gated(out_TNV, z_TNV, self.norm_weight, self.eps, implementation=self.norm)
