@@ -1,0 +1,1 @@
+"""The shapes of requests and answers: OpenAI's, with vLLM's extra fields."""
