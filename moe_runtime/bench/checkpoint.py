@@ -87,12 +87,7 @@ def make_random_checkpoint(path: str | Path, preset: str, seed: int = 0) -> Path
     Raises:
         ConfigError: there is no preset of that name.
     """
-    if preset not in PRESETS:
-        raise ConfigError(
-            f"there is no random checkpoint {preset!r}; wanted one of {', '.join(PRESETS)}"
-            + did_you_mean(preset, PRESETS)
-        )
-    config = {**_COMMON, **PRESETS[preset]}
+    config = preset_config(preset)
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
@@ -103,6 +98,20 @@ def make_random_checkpoint(path: str | Path, preset: str, seed: int = 0) -> Path
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return directory
+
+
+def preset_config(preset: str) -> dict[str, Any]:
+    """The config.json of a preset.
+
+    Raises:
+        ConfigError: there is no preset of that name.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(
+            f"there is no random checkpoint {preset!r}; wanted one of {', '.join(PRESETS)}"
+            + did_you_mean(preset, PRESETS)
+        )
+    return {**_COMMON, **PRESETS[preset]}
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:

@@ -24,6 +24,7 @@ from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
 from moe_runtime.runner import Runner, StepResult
 from moe_runtime.scheduler import ScheduledStep, Scheduler, SchedulerConfig
 from moe_runtime.step_loop import StepLoop
+from moe_runtime.timing.timer import PartTimer
 from moe_runtime.tokenizer import load_tokenizer
 from moe_runtime.transport.mailbox import Mailbox
 from moe_runtime.transport.rank_server import RankServer
@@ -131,6 +132,7 @@ def _make_loop(case: OverheadCase, mailbox: Mailbox, server: RankServer, clock: 
         server=server,
         agree=agree,
         dispatcher_for_step=lambda counts: cast(TokenDispatcher, None),
+        timer=PartTimer.on_host(),
         generation=0,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -25,6 +25,7 @@ from moe_runtime.bench.null_rank import (
     agree_over_gloo,
     serve_null_rank,
 )
+from moe_runtime.bench.plots import new_figure, save_figure
 from moe_runtime.bench.report import Report, TextTable, load_average
 from moe_runtime.bench.step_clock import now
 from moe_runtime.client import EngineClient
@@ -256,3 +257,25 @@ def _table(results: list[dict[str, Any]], gloo_us: float) -> TextTable:
         f"with 2 ranks over gloo agreeing adds {gloo_us:.0f}"
     )
     return TextTable(title=title, columns=columns, rows=tuple(rows))
+
+
+def draw(results: Sequence[Mapping[str, Any]], prefix: str) -> None:
+    """A step's parts on the clock, stacked, by running sequences, into PREFIX.png and PREFIX.svg.
+
+    A panel for each vocabulary and way of sampling: their steps differ by more than a bar can show.
+    """
+    kinds = list(dict.fromkeys((result["vocab_size"], result["sampling"]) for result in results))
+    figure = new_figure(max(8.0, 4.5 * len(kinds)), 4.5)  # the legend of all parts needs 8 inches
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        chosen = [result for result in results if (result["vocab_size"], result["sampling"]) == kind]
+        names = [str(result["num_seqs"]) for result in chosen]
+        below = [0.0] * len(chosen)
+        for part in RANK_PARTS:
+            heights = [result["parts_us"][part] for result in chosen]
+            axes.bar(names, heights, 0.6, bottom=below, label=part)
+            below = [base + height for base, height in zip(below, heights, strict=True)]
+        axes.set(title=f"{kind[1]} of {kind[0]:,}", xlabel="running sequences", ylabel="µs a step")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(RANK_PARTS), fontsize="small")
+    save_figure(figure, prefix)

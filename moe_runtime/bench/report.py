@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 from moe_runtime import __version__
 from moe_runtime.errors import ConfigError
 
-_PIPE_WIDTH = 140
+_PIPE_WIDTH = 180
+_GIT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +40,11 @@ class Report:
     workload: Mapping[str, Any]
     results: Sequence[Mapping[str, Any]]
     tables: Sequence[TextTable]
+    texts: Sequence[str] = ()  # printed as they are, after the tables
+    details: Mapping[str, Any] = field(default_factory=dict)  # further parts of the JSON object, not printed
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object: everything but the tables, which show a part of the results."""
+        """The JSON object: everything but tables and texts, which show a part of the results."""
         return {
             "benchmark": self.benchmark,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -48,6 +52,7 @@ class Report:
             "versions": _versions(),
             "workload": dict(self.workload),
             "results": [dict(result) for result in self.results],
+            **self.details,
         }
 
 
@@ -67,14 +72,14 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def check_writable(file: str | None) -> None:
-    """Refuse a `--save-result` that cannot be written, before minutes are spent on what goes into it.
+def check_writable(file: str | None, flag: str = "--save-result") -> None:
+    """Refuse a file that cannot be written, before minutes are spent on what goes into it.
 
     Raises:
         ConfigError: its directory does not exist, or it is one itself.
     """
     if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-        raise ConfigError(f"--save-result {file}: give a file in a directory that exists")
+        raise ConfigError(f"{flag} {file}: give a file in a directory that exists")
 
 
 def publish(report: Report, save_result: str | None) -> None:
@@ -94,6 +99,8 @@ def publish(report: Report, save_result: str | None) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
+    for text in report.texts:
+        print(text)
     line = json.dumps(as_dict)
     if save_result is not None:
         Path(save_result).write_text(line + "\n")
@@ -110,11 +117,36 @@ def _hardware(device: str, started_load: float) -> _Hardware:
     )
 
 
-def _versions() -> dict[str, str]:
-    found = {"moe_runtime": __version__, "python": platform.python_version()}
+def _versions() -> dict[str, str | None]:
+    found = {
+        "moe_runtime": __version__,
+        "commit": _commit(Path(__file__)),
+        "python": platform.python_version(),
+    }
     for name in ("torch", "transformers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+def _commit(file: Path) -> str | None:
+    """Short hash of the checkout that has `file`, with "+changes" if a tracked file differs; None outside one."""
+    # An installed file may lie in somebody's repository, in a virtual environment, and is then not one of its files.
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    # Of no tag, so that it is the hash in any clone.
+    return _git(file.parent, "describe", "--always", "--exclude=*", "--dirty=+changes")
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """What git prints; None if it is not installed, refuses, or does not answer."""
+    command = ["git", "--no-optional-locks", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=directory, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from moe_runtime.config import EngineConfig
+
+if TYPE_CHECKING:
+    from moe_runtime.frontend import Frontend
 
 _HELP = {
     "expert_parallel_size": "ranks to divide the experts over",
     "device": "auto takes GPUs where the cluster has them",
     "dtype": "auto keeps the checkpoint's own",
+    "quantization": "int8 quantises the weights while they load, for CPUs; an FP8 checkpoint needs no flag",
     "max_model_len": "tokens of prompt and output together",
     "max_num_seqs": "sequences that a rank runs at once",
     "max_num_batched_tokens": "tokens that a rank computes in one step",
@@ -26,10 +31,10 @@ _HELP = {
     "dispatcher": "how tokens travel between ranks",
     "inspection_timeout_s": "seconds that the inspection of the model class may take",
     "placement_strategy": "how Ray places ranks on nodes: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD",
-    "placement_timeout_s": "seconds to wait for resources that others use",
+    "placement_timeout_s": "seconds to wait for nodes to join, and for resources that others use",
     "process_group_timeout_s": "seconds after which a collective gives up on a silent rank",
 }
-_TYPES = {"int": int, "int | None": int, "float": float, "str": str}
+_TYPES = {"int": int, "int | None": int, "float": float, "str": str, "str | None": str}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +61,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             flag,
             type=_TYPES[str(field.type)],
-            metavar="N" if str(field.type) != "str" else field.name.upper(),
+            metavar=field.name.upper() if "str" in str(field.type) else "N",
             help=_HELP[field.name] + default.replace("%", "%%"),
         )
 
@@ -70,3 +75,21 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "model_class": args.model_class,
         **{name: value for name, value in given.items() if value is not None},
     }
+
+
+def start_or_attach(
+    args: argparse.Namespace, *, name: str | None = None, keeper: str | None = None
+) -> Frontend:
+    """The deployment that the flags describe, or the one that --connect names.
+
+    Args:
+        name, keeper: of a deployment to start; see `Frontend.start`, whose errors this raises.
+    """
+    from moe_runtime.frontend import Frontend
+
+    if args.connect is not None:
+        return Frontend.attach(args.connect)
+    given = llm_arguments(args)
+    model = {argument: given.pop(argument) for argument in ("model", "revision", "model_class")}
+    config = EngineConfig.from_kwargs(given)
+    return Frontend.start(**model, config=config, name=name, use_tqdm=sys.stderr.isatty(), keeper=keeper)

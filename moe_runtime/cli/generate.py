@@ -9,24 +9,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.cli.engine_args import add_engine_arguments, add_model_arguments, llm_arguments
+from moe_runtime.cli.sampling_args import add_sampling_arguments, given_sampling
 from moe_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_runtime.llm import LLM
     from moe_runtime.request import SamplingParams
 
-_SAMPLING_FLAGS = {
-    "max_tokens": int,
-    "min_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "seed": int,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "repetition_penalty": float,
-}
 _DEFAULT_MAX_TOKENS = 128
 
 
@@ -38,11 +27,7 @@ def add_parser(commands: Any) -> None:
         "--prompt", action="append", default=[], help="text to continue; may be given several times"
     )
     parser.add_argument("--chat", action="store_true", help="send each prompt through the chat template")
-    sampling = parser.add_argument_group("sampling (defaults come from the checkpoint)")
-    for name, kind in _SAMPLING_FLAGS.items():
-        sampling.add_argument("--" + name.replace("_", "-"), type=kind)
-    sampling.add_argument("--stop", action="append", help="text that ends the output")
-    sampling.add_argument("--ignore-eos", action="store_true", default=None)
+    add_sampling_arguments(parser, "checkpoint")
     add_engine_arguments(parser)
     parser.set_defaults(func=run)
 
@@ -54,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.prompt:
         raise ConfigError("generate needs a prompt; give --prompt TEXT, once or several times")
-    given = {name: getattr(args, name) for name in [*_SAMPLING_FLAGS, "stop", "ignore_eos"]}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = given_sampling(args)
     # Checked before anything is started: bad values should not cost a start-up.
     SamplingParams(**given)
     with LLM(**llm_arguments(args), use_tqdm=sys.stderr.isatty()) as llm:

@@ -33,6 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--device-memory", default="80GB", metavar="SIZE", help="of one device (default: 80GB)"
     )
+    parser.add_argument(
+        "--quantization", metavar="METHOD", help="int8: as if the weights were quantised at load, for CPUs"
+    )
     parser.add_argument("--model-class", metavar="MODULE:CLASS", help="class of an unregistered architecture")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="default: 60")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         args.expert_parallel_size,
         args.timeout,
         model_class=args.model_class,
+        quantization=args.quantization,
         revision=args.revision,
         use_cache=not args.no_cache,
     )

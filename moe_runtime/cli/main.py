@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moe_runtime import __version__
-from moe_runtime.cli import bench, generate, inspect, stop
+from moe_runtime.cli import bench, chat, complete, generate, inspect, run_batch, serve, simulate, status, stop
 from moe_runtime.errors import MoeRuntimeError, UserError, did_you_mean
 
 
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moe-runtime {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, inspect, stop, bench):
+    for module in (generate, serve, run_batch, chat, complete, inspect, status, stop, bench, simulate):
         module.add_parser(commands)
     return parser
 
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0, 1 for a failure, 2 for bad input, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
+    _have_ray_show_every_rank()
     logging.basicConfig(
         level=os.environ.get("MOE_RUNTIME_LOG", "WARNING").upper(),
         format="%(levelname)s %(name)s: %(message)s",
@@ -71,3 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`| head`): nothing is left to say, not even at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _have_ray_show_every_rank() -> None:
+    """Settings that Ray reads when it is imported: each rank's lines, as they are, in a file without colours."""
+    # Ray takes lines of two ranks that differ in numbers only for one and shows one of them.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")

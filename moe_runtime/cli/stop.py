@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from moe_runtime.cluster import ensure_ray
+    from moe_runtime.connecting import ensure_ray
     from moe_runtime.named import stop_deployment
 
     connected = ensure_ray(must_outlive_us=True)

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from moe_runtime.bench.overhead import RANK_PARTS, OverheadWorkload
+from moe_runtime.bench.overhead import RANK_PARTS, OverheadWorkload, draw
 from moe_runtime.cli.main import main
 from moe_runtime.errors import ConfigError
+from tests.runtime.bench.figures import read_figure
 
 
 def test_two_sizes_give_numbers_for_every_part(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    flags = ["--num-seqs", "1,3", "--vocab-size", "512", "--steps", "5", "--save-result", str(file)]
-    assert main(["bench", "overhead", *flags]) == 0
+    file, plot = tmp_path / "result.json", tmp_path / "figure" / "o"
+    plot.parent.mkdir()
+    flags = ["--num-seqs", "1,3", "--vocab-size", "512", "--steps", "5"]
+    assert main(["bench", "overhead", *flags, "--save-result", str(file), "--plot", str(plot)]) == 0
 
     lines = capfd.readouterr().out.splitlines()
     report = json.loads(lines[-1])
@@ -26,6 +28,7 @@ def test_two_sizes_give_numbers_for_every_part(capfd: pytest.CaptureFixture[str]
     assert report["workload"]["num_steps"] == 5
     assert report["workload"]["agreement_2_ranks_gloo_us"] > 0
     assert any("3 greedy of 512" in line for line in lines)
+    assert {"greedy of 512", *RANK_PARTS} <= read_figure(plot)
     assert [(r["num_seqs"], r["vocab_size"], r["sampling"]) for r in report["results"]] == [
         (1, 512, "greedy"),
         (3, 512, "greedy"),
@@ -40,6 +43,18 @@ def test_two_sizes_give_numbers_for_every_part(capfd: pytest.CaptureFixture[str]
         expected = 1e6 * result["num_seqs"] / result["step_us_outside"]
         assert result["tokens_per_s"] == pytest.approx(expected, rel=0.01)
         assert all(microseconds > 0 for microseconds in result["driver_us"].values())
+
+
+def test_the_figure_has_a_panel_for_each_way_of_sampling(tmp_path: Path) -> None:
+    results = [
+        {"num_seqs": n, "vocab_size": size, "sampling": how, "parts_us": dict.fromkeys(RANK_PARTS, 10.0 * n)}
+        for size, how in ((1024, "greedy"), (151_936, "greedy"), (151_936, "top-p"))
+        for n in (1, 32)
+    ]
+    draw(results, str(tmp_path / "o"))
+    drawn = read_figure(tmp_path / "o")
+    assert {*RANK_PARTS, "1", "32", "µs a step"} <= drawn
+    assert {"greedy of 1,024", "greedy of 151,936", "top-p of 151,936"} <= drawn
 
 
 def test_a_large_vocabulary_is_measured_greedily_and_drawn_from_in_fewer_steps() -> None:

@@ -1,0 +1,1 @@
+"""`bench routing`: which experts real text chooses, how unevenly, and what that does to ranks."""
