@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from moe_runtime.async_llm import AsyncLLM
     from moe_runtime.inspection import ModelInfo, inspect_model
     from moe_runtime.llm import LLM
-    from moe_runtime.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from moe_runtime.request import (
+        CompletionOutput,
+        Logprob,
+        RequestOutput,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,6 +30,7 @@ __all__ = [
     "ModelInfo",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
     "inspect_model",
 ]
@@ -35,6 +42,7 @@ _HOME = {
     "Logprob": "moe_runtime.request",
     "RequestOutput": "moe_runtime.request",
     "SamplingParams": "moe_runtime.request",
+    "StructuredOutputsParams": "moe_runtime.request",
     "ModelInfo": "moe_runtime.inspection",
     "inspect_model": "moe_runtime.inspection",
 }

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from moe_runtime.client import Sink
 from moe_runtime.config import EngineConfig
+from moe_runtime.deployment import Deployment
 from moe_runtime.errors import ConfigError, MoeRuntimeError
 from moe_runtime.frontend import Frontend
+from moe_runtime.modelfiles import ModelFiles
+from moe_runtime.observer import NoObserver, RequestObserver
 from moe_runtime.outputs import Ledger
 from moe_runtime.rank_spec import RankReport, RankStats
-from moe_runtime.request import OutputDelta, PromptInput, RequestOutput, SamplingParams
+from moe_runtime.request import EngineRequest, OutputDelta, PromptInput, RequestOutput, SamplingParams
 from moe_runtime.tokenizer import Tokenizer
 
 
@@ -22,7 +28,10 @@ class AsyncLLM:
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
+        self._observer: RequestObserver = NoObserver()
         self._request_ids: dict[str, str] = {}  # the caller's id of each request in flight -> the ranks'
+        # Checks take turns, up to 10 s each: waiting in asyncio's own threads they would keep health checks out.
+        self._grammar_checks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar-check")
 
     @classmethod
     async def start(
@@ -54,6 +63,10 @@ class AsyncLLM:
     async def connect(cls, name: str) -> AsyncLLM:
         """Attach to the running deployment named `name`; ConfigError if there is none."""
         return cls(await asyncio.to_thread(Frontend.attach, name))
+
+    def observe(self, observer: RequestObserver) -> None:
+        """Tell `observer`, and nobody else, of every request from now on."""
+        self._observer = observer
 
     async def generate(
         self,
@@ -95,6 +108,8 @@ class AsyncLLM:
         if request_id in self._request_ids:
             raise ConfigError(f"request_id {request_id!r} is in flight already; give each request its own")
         params = sampling_params or self._frontend.default_sampling_params
+        if params.structured_outputs is not None:
+            await self._check_grammar(params)
         checked, samples = self._frontend.make_samples(prompt, params, request_id, priority)
         internal_id = samples[0].request_id
         if ledger is not None:
@@ -103,13 +118,14 @@ class AsyncLLM:
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[list[OutputDelta] | MoeRuntimeError] = asyncio.Queue()
 
-        def sink(item: list[OutputDelta] | MoeRuntimeError) -> None:
-            loop.call_soon_threadsafe(arrived.put_nowait, item)
+        def deliver(item: list[OutputDelta] | MoeRuntimeError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and whoever waited has gone with it
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         num_open = len(samples)
         self._request_ids[request_id] = internal_id
         try:
-            self._frontend.submit(samples, sink)
+            self._submit(samples, deliver)
             while num_open:
                 item = await arrived.get()
                 if isinstance(item, MoeRuntimeError):
@@ -122,6 +138,35 @@ class AsyncLLM:
             del self._request_ids[request_id]
             if num_open:
                 self._frontend.client.abort(internal_id)
+
+    async def _check_grammar(self, params: SamplingParams) -> None:
+        """Raises what `check_structured_outputs` raises; a caller that leaves gives up its turn."""
+        self._frontend.raise_if_closed()
+
+        def check() -> None:
+            self._frontend.raise_if_closed()  # while this waited for its turn
+            self._frontend.check_structured_outputs(params)
+
+        await asyncio.get_running_loop().run_in_executor(self._grammar_checks, check)
+
+    def _submit(self, samples: list[EngineRequest], deliver: Sink) -> None:
+        """Send a request to a rank; the observer sees what comes back before `deliver` does."""
+        observer = self._observer
+        request_id = samples[0].request_id
+
+        def sink(item: list[OutputDelta] | MoeRuntimeError) -> None:
+            if isinstance(item, MoeRuntimeError):
+                observer.on_error(request_id)
+            else:
+                observer.on_deltas(item)
+            deliver(item)
+
+        observer.on_arrival(samples)
+        try:
+            self._frontend.submit(samples, sink)
+        except MoeRuntimeError:
+            observer.on_error(request_id)
+            raise
 
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` ends with finish reason "abort". An id not in flight is ignored."""
@@ -145,6 +190,11 @@ class AsyncLLM:
         return await asyncio.to_thread(self._frontend.deployment.stats)
 
     @property
+    def deployment(self) -> Deployment:
+        """The deployment itself: its plan, and what can be asked of it from any thread."""
+        return self._frontend.deployment
+
+    @property
     def ranks(self) -> list[RankReport]:
         """Each rank's node, device, kernel plan, memory."""
         return list(self._frontend.deployment.connection.reports)
@@ -154,6 +204,26 @@ class AsyncLLM:
         """The checkpoint's tokenizer; PromptError if it has none."""
         return self._frontend.tokenizer
 
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when it is given none: the checkpoint's `generation_config.json`."""
+        return self._frontend.default_sampling_params
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that prompt and output may have together."""
+        return self._frontend.deployment.connection.max_model_len
+
+    @property
+    def files(self) -> ModelFiles:
+        """The checkpoint's."""
+        return self._frontend.plan.files
+
+    def on_end(self, callback: Callable[[MoeRuntimeError | None], None]) -> None:
+        """Have `callback` called from another thread when the deployment ends, with the error that ended it."""
+        self._frontend.deployment.on_end(callback)
+
     async def shutdown(self) -> None:
         """End the deployment, or leave it if it is a named one. Safe to call again."""
         await asyncio.to_thread(self._frontend.close)
+        self._grammar_checks.shutdown(wait=False)

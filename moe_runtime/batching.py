@@ -5,11 +5,38 @@ Shape legend: T tokens of this rank in the step, B sequences, M block-table widt
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
 from moe_models.batch import ForwardBatch
 from moe_runtime.scheduler import ScheduledEntry, ScheduledStep, Sequence
+
+# Kernels are compiled for pointers that are multiples of 16 bytes, and anew for others.
+_ALIGNMENT_BYTES = 16
+
+
+class _Parts:
+    """One array that holds several, each at an aligned place, so that one transfer takes all to the device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> None:
+        step = _ALIGNMENT_BYTES // dtype.itemsize
+        starts = list(itertools.accumulate((-(-size // step) * step for size in sizes), initial=0))
+        self._spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self._device = device
+        # Only from pinned memory does a copy to a GPU not wait.
+        self._whole = torch.empty(starts[-1], dtype=dtype, pin_memory=device.type == "cuda")
+
+    def on_host(self) -> list[np.ndarray]:
+        """The parts, to be filled."""
+        whole = self._whole.numpy()
+        return [whole[span] for span in self._spans]
+
+    def on_device(self) -> list[torch.Tensor]:
+        """The parts as they are now, on the device."""
+        whole = self._whole.to(self._device, non_blocking=True)
+        return [whole[span] for span in self._spans]
 
 
 class BatchBuilder:
@@ -40,13 +67,11 @@ class BatchBuilder:
         longest = max(max(starts[:num_decodes], default=-1) + 1, *(c.start + c.num_tokens for c in chunks), 0)
         width = -(-longest // size)
 
-        # One array of each type, so that one transfer takes all of it to the device.
-        wide = np.empty(3 * num_tokens + num_seqs, dtype=np.int64)
-        token_ids_T, positions_T = wide[:num_tokens], wide[num_tokens : 2 * num_tokens]
-        kv_slots_T, slots_B = wide[2 * num_tokens : 3 * num_tokens], wide[3 * num_tokens :]
-        narrow = np.empty(1 + num_seqs * (2 + width), dtype=np.int32)
-        cu_seqlens, contexts_B = narrow[: 1 + num_seqs], narrow[1 + num_seqs : 1 + 2 * num_seqs]
-        tables_BM = narrow[1 + 2 * num_seqs :].reshape(num_seqs, width)
+        wide = _Parts(self._device, torch.int64, num_tokens, num_tokens, num_tokens, num_seqs)
+        token_ids_T, positions_T, kv_slots_T, slots_B = wide.on_host()
+        narrow = _Parts(self._device, torch.int32, 1 + num_seqs, num_seqs, num_seqs * width)
+        cu_seqlens, contexts_B, flat_tables = narrow.on_host()
+        tables_BM = flat_tables.reshape(num_seqs, width)
         slots_B[:] = slots
         contexts_B[:] = starts
         cu_seqlens[: num_decodes + 1] = self._count[: num_decodes + 1]
@@ -67,17 +92,14 @@ class BatchBuilder:
             shared = max(0, min(chunk.kv_from, end) - chunk.start)
             kv_slots_T[tokens][:shared] %= size
 
-        wide_device, narrow_device = self._to_device(wide), self._to_device(narrow)
-        token_ids, positions, kv_slots, state_slots = wide_device.split(
-            [num_tokens, num_tokens, num_tokens, num_seqs]
-        )
-        cu, contexts, flat_tables = narrow_device.split([1 + num_seqs, num_seqs, num_seqs * width])
+        token_ids, positions, kv_slots, state_slots = wide.on_device()
+        cu, contexts, tables = narrow.on_device()
         return ForwardBatch(
             token_ids_T=token_ids,
             positions_T=positions,
             cu_seqlens=cu,
             context_lens_B=contexts,
-            block_tables_BM=flat_tables.view(num_seqs, width),
+            block_tables_BM=tables.view(num_seqs, width),
             kv_slots_T=kv_slots,
             state_slots_B=state_slots,
             query_lens=(1,) * num_decodes + tuple([c.num_tokens for c in chunks]),
@@ -91,9 +113,6 @@ class BatchBuilder:
                 ]
             ),
         )
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
 
     def _kv_slots(self, rows: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
         """Where each position's key and value go: its block's id times the block size, plus its place there."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from moe_runtime.errors import ConfigError, did_you_mean, refuse_unknown
+from moe_runtime.quantization import check_method
 
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -37,6 +38,9 @@ class EngineConfig:
     expert_parallel_size: int = 1  # ranks; the experts are divided over them
     device: str = "auto"  # auto: cuda where the cluster has GPUs
     dtype: str = "auto"  # auto: the checkpoint's own
+    quantization: str | None = (
+        None  # int8: quantise at load (CPUs); fp8: an FP8 checkpoint; None: the checkpoint's
+    )
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's, or what fits
     max_num_seqs: int = 256  # sequences a rank runs at once
     max_num_batched_tokens: int = 2048  # tokens a rank computes in one step
@@ -57,7 +61,7 @@ class EngineConfig:
     dispatcher: str = "auto"  # how tokens travel between ranks
     inspection_timeout_s: float = 60.0
     placement_strategy: str = "PACK"  # Ray's: ranks on few nodes, or spread over many; STRICT_: or not at all
-    placement_timeout_s: float = 60.0  # to wait for resources that the cluster has but others use
+    placement_timeout_s: float = 60.0  # to wait for nodes to join, and for resources that others use
     process_group_timeout_s: float = 120.0  # after which a collective gives up on a silent rank
 
     def __post_init__(self) -> None:
@@ -66,9 +70,11 @@ class EngineConfig:
             if value not in choices:
                 hint = did_you_mean(str(value), choices)
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        check_method(self.quantization)
+        defaults = {field.name: field.default for field in fields(self)}
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
-            if value is None:
+            if value is None and defaults[name] is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -76,10 +82,9 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ConfigError(f"{name} must be a number of seconds above 0, got {value!r}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization!r}"
-            )
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, got {share!r}")
 
         if not isinstance(self.enable_prefix_caching, bool):
             raise ConfigError(

@@ -8,19 +8,21 @@ import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from moe_runtime.cluster import Placement, resolve_device
+from moe_runtime.cluster import GroupName, Placement, resolve_device
 from moe_runtime.config import EngineConfig
 from moe_runtime.errors import EngineDeadError, MoeRuntimeError
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.modelfiles import ModelFiles
-from moe_runtime.rank_spec import RankReport, RankSpec, RankStats
+from moe_runtime.rank_spec import RankReport, RankSpec, RankStats, StartUpStep
 from moe_runtime.ranks import DEFAULT_WORKER, Ranks
 from moe_runtime.registry import ModelTarget
 
 logger = logging.getLogger(__name__)
 
 _STATS_TIMEOUT_S = 10.0
+_RPC_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,27 +49,33 @@ class Engine:
         placement: ExpertPlacement,
         config: EngineConfig,
         *,
-        on_loaded_bytes: Callable[[int], None] | None = None,
+        on_progress: Callable[[StartUpStep], None] | None = None,
         worker: str = DEFAULT_WORKER,
+        name: str | None = None,
     ) -> None:
         """Start the ranks, join them, load the weights, start their loops; returns when all serve.
 
         Args:
-            on_loaded_bytes: called with the number of checkpoint bytes that some rank has read since its
-                last call.
+            on_progress: called with what some rank has done since its last call, totals being those of all
+                ranks together.
             worker: class that runs in the rank actors, `"module:Class"`.
+            name: of the deployment, told to those who look at the cluster.
         """
         self._ranks: Ranks | None = None
         self._failure: MoeRuntimeError | None = None
         self._ended = threading.Event()
-        device = resolve_device(config.device)
+        device = resolve_device(config.device, config.placement_timeout_s)
         slots = Placement.reserve(
-            placement.num_ranks, device, config.placement_timeout_s, config.placement_strategy
+            placement.num_ranks,
+            device,
+            config.placement_timeout_s,
+            config.placement_strategy,
+            GroupName(name, files.name).encode(),
         )
         try:
             specs = _rank_specs(slots, files, target, placement, dataclasses.replace(config, device=device))
             self._ranks = Ranks(slots, device, worker, specs)
-            self.connection = self._start(self._ranks, on_loaded_bytes)
+            self.connection = self._start(self._ranks, on_progress)
         except BaseException:  # Ctrl-C during start-up too: leave nothing behind
             self.shutdown()
             slots.remove()
@@ -81,6 +89,16 @@ class Engine:
         self._ended.wait()
         return self._failure
 
+    @property
+    def ended(self) -> bool:
+        """Whether the deployment has ended."""
+        return self._ended.is_set()
+
+    @property
+    def failure(self) -> MoeRuntimeError | None:
+        """What ended it, if it ended by itself."""
+        return self._failure
+
     def stats(self) -> list[RankStats]:
         """What each rank has done and holds."""
         return self._alive().ask("stats", timeout_s=_STATS_TIMEOUT_S)
@@ -88,6 +106,10 @@ class Engine:
     def expert_load(self) -> list[list[list[int]]]:
         """For each rank, tokens that each local expert of each MoE layer computed: [layers][local experts]."""
         return self._alive().ask("expert_load", timeout_s=_STATS_TIMEOUT_S)
+
+    def collective_rpc(self, method: str, *args: Any) -> list[Any]:
+        """Results of a method of each rank's worker, run beside its steps, in rank order."""
+        return self._alive().ask(method, *args, timeout_s=_RPC_TIMEOUT_S)
 
     def check_health(self, timeout_s: float = 10.0) -> None:
         """Raises RankFailedError or EngineDeadError unless every rank answers in time."""
@@ -100,13 +122,14 @@ class Engine:
             ranks.kill()
         self._ended.set()
 
-    def _start(self, ranks: Ranks, on_loaded_bytes: Callable[[int], None] | None) -> Connection:
+    def _start(self, ranks: Ranks, on_progress: Callable[[StartUpStep], None] | None) -> Connection:
         ranks.locate()
         if len(ranks) > 1:
             ranks.call("join", ranks.call_one(0, "host_store"))
-        for _, num_bytes in ranks.stream("load", [()] * len(ranks)):
-            if on_loaded_bytes:
-                on_loaded_bytes(num_bytes)
+        for _, step in ranks.stream("load", [()] * len(ranks)):
+            if on_progress:
+                total = None if step.total is None else step.total * len(ranks)
+                on_progress(dataclasses.replace(step, total=total))
         reports = tuple(ranks.call("report"))
         key = secrets.token_bytes(32)
         return Connection(addresses=tuple(ranks.call("open_server", key)), key=key, reports=reports)

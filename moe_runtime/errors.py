@@ -46,6 +46,10 @@ class PlacementError(UserError):
     """The cluster has not the resources that the deployment asks for."""
 
 
+class RayStartError(MoeRuntimeError):
+    """A Ray of this process' own did not start, or the cluster's did not let it in."""
+
+
 class InspectionError(MoeRuntimeError):
     """A model class could not be inspected."""
 
@@ -78,8 +82,16 @@ class PeerLostError(MoeRuntimeError):
     """A collective failed on a rank because another rank died, raised, or stopped answering."""
 
 
+class BenchmarkPeerError(MoeRuntimeError):
+    """Another engine, which a benchmark compares with, could not be started, failed or gave no answer."""
+
+
 class ChannelError(MoeRuntimeError):
     """A driver and a rank cannot talk: nobody listens, or one of them does not know the deployment's key."""
+
+
+class ServerError(MoeRuntimeError):
+    """An HTTP server that we are a client of cannot be reached, or refuses what it was asked."""
 
 
 class EngineDeadError(MoeRuntimeError):

@@ -19,6 +19,9 @@ from moe_runtime.rank_spec import RankReport, RankStats
 from moe_runtime.request import OutputDelta, PromptInput, RequestOutput, SamplingParams
 from moe_runtime.tokenizer import Tokenizer
 
+# Tokens that come together where nobody reads along: each message wakes this process, on cores that ranks compute with.
+OFFLINE_STREAM_INTERVAL = 16
+
 
 class LLM:
     """A model served by expert-parallel ranks on Ray, until `shutdown` or the end of the `with` block."""
@@ -98,7 +101,7 @@ class LLM:
             RankFailedError: a rank failed; the deployment has ended.
         """
         ledger = Ledger()
-        pieces = self._run(_as_list(prompts), sampling_params, ledger)
+        pieces = self._run(_as_list(prompts), sampling_params, ledger, OFFLINE_STREAM_INTERVAL)
         with RequestProgress(disable=not use_tqdm) as progress:
             for delta in pieces:
                 progress.update(len(ledger), delta, ledger.apply(delta))
@@ -139,10 +142,16 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(
-        self, prompt: PromptInput, sampling_params: SamplingParams | None = None
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[OutputDelta]:
-        """Continue one prompt; yields pieces of output as they come. Leaving the loop aborts the request."""
-        yield from self._run([prompt], sampling_params, Ledger())
+        """Continue one prompt or several; yields pieces of output as they come. Leaving the loop aborts the rest.
+
+        Pieces of several prompts come mixed; `request_id` tells them apart. Arguments and errors are those of
+        `generate`.
+        """
+        yield from self._run(_as_list(prompts), sampling_params, Ledger(), stream_interval=1)
 
     def get_tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer.
@@ -172,6 +181,11 @@ class LLM:
         self._frontend.raise_if_closed()
         return self._frontend.deployment.expert_load()
 
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Results of a method of each rank's worker, run beside its steps, in rank order."""
+        self._frontend.raise_if_closed()
+        return self._frontend.deployment.collective_rpc(method, *args)
+
     def shutdown(self) -> None:
         """End the deployment, or leave it if it is a named one. Safe to call again."""
         self._frontend.close()
@@ -189,13 +203,16 @@ class LLM:
         prompts: Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         ledger: Ledger,
+        stream_interval: int,
     ) -> Iterator[OutputDelta]:
         """Check every prompt, record and submit them; yields pieces until all have ended."""
         frontend = self._frontend
         frontend.raise_if_closed()
         params_of_prompt = self._params_for(len(prompts), sampling_params)
         made = [
-            frontend.make_samples(prompt, params, str(next(self._request_numbers)))
+            frontend.make_samples(
+                prompt, params, str(next(self._request_numbers)), stream_interval=stream_interval
+            )
             for prompt, params in zip(prompts, params_of_prompt, strict=True)
         ]
         arrived: SimpleQueue[list[OutputDelta] | MoeRuntimeError] = SimpleQueue()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moe_runtime.request import (
@@ -12,6 +13,7 @@ from moe_runtime.request import (
     Logprob,
     OutputDelta,
     PromptLogprobs,
+    RequestMetrics,
     RequestOutput,
     SamplingParams,
 )
@@ -38,14 +40,20 @@ class _Entry:
     prompt_token_ids: list[int]
     params: SamplingParams
     samples: list[_Sample]
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    time_in_queue: float | None = None
+    num_cached_tokens: int | None = None  # the least of its samples: others may find what the first one left
     prompt_logprobs: PromptLogprobs | None = None
 
 
 class Ledger:
     """Requests in the order they were added; entries stay until the ledger goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._entries: dict[str, _Entry] = {}
+        self._clock = clock
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -59,6 +67,7 @@ class Ledger:
             list(first.prompt_token_ids),
             first.params,
             [_Sample() for _ in samples],
+            first.arrival_time,
         )
 
     def apply(self, delta: OutputDelta) -> RequestOutput | None:
@@ -72,10 +81,18 @@ class Ledger:
             sample.logprobs.extend(delta.logprobs)
         if delta.prompt_logprobs is not None:
             entry.prompt_logprobs = delta.prompt_logprobs
+        if entry.first_token_time is None and delta.new_token_ids:
+            entry.first_token_time = self._clock()
+        if delta.time_in_queue is not None:
+            entry.time_in_queue = max(entry.time_in_queue or 0.0, delta.time_in_queue)
+        entry.num_cached_tokens = fewest_cached(entry.num_cached_tokens, delta)
         if delta.finish_reason is None:
             return None
         sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
-        return self._output(entry) if all(s.finish_reason for s in entry.samples) else None
+        if not all(s.finish_reason for s in entry.samples):
+            return None
+        entry.finished_time = self._clock()
+        return self._output(entry)
 
     def outputs(self) -> Iterable[RequestOutput]:
         """Every request's output as it stands, in the order of `add`."""
@@ -102,4 +119,17 @@ class Ledger:
             prompt_logprobs=entry.prompt_logprobs,
             outputs=completions,
             finished=all(sample.finish_reason for sample in entry.samples),
+            metrics=RequestMetrics(
+                arrival_time=entry.arrival_time,
+                first_token_time=entry.first_token_time,
+                finished_time=entry.finished_time,
+                time_in_queue=entry.time_in_queue,
+            ),
+            num_cached_tokens=entry.num_cached_tokens,
         )
+
+
+def fewest_cached(so_far: int | None, delta: OutputDelta) -> int | None:
+    """What the samples of a request so far found cached of their prompt, at the least."""
+    found = delta.num_cached_tokens
+    return so_far if found is None else found if so_far is None else min(so_far, found)

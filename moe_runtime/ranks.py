@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.ray_constants import LOG_PREFIX_ACTOR_NAME
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -27,16 +30,28 @@ _CAUSE_WAIT_S = 3.0
 
 
 class RankActor:
-    """Shell around a worker, so that only the rank's process imports it."""
+    """Shell around a worker, so that only the rank's process imports it.
 
-    def __init__(self, worker: str, *args: Any) -> None:
+    Whatever the process writes, its libraries' C code included, Ray carries to the driver that started it, each
+    line with `repr` of the actor in front: rank and node.
+    """
+
+    def __init__(self, rank: int, log_level: int, worker: str, *args: Any) -> None:
+        self._name = f"rank {rank}, {ray.util.get_node_ip_address()}"
         self._broken: Exception | None = None
+        logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
+        for stream in (sys.stdout, sys.stderr):
+            # Ray asks for `repr` only when the constructor is done; this names the lines of the constructor too.
+            print(f"{LOG_PREFIX_ACTOR_NAME}{self._name}", file=stream, flush=True)
         try:
             module, _, name = worker.partition(":")
             self._worker = getattr(importlib.import_module(module), name)(*args)
         except Exception as error:
             # Of an error in an actor's constructor Ray keeps nothing but its text; `call` raises it whole.
             self._broken = error
+
+    def __repr__(self) -> str:
+        return self._name
 
     def call(self, method: str, *args: Any) -> Any:
         if self._broken:
@@ -75,6 +90,7 @@ class Ranks:
         self._placement = placement
         bundle = GPU_RANK_BUNDLE if device == "cuda" else CPU_RANK_BUNDLE
         actor = ray.remote(concurrency_groups={"control": 1})(RankActor)
+        log_level = logging.getLogger().getEffectiveLevel()
         self._actors = [
             actor.options(
                 num_cpus=bundle["CPU"],
@@ -84,8 +100,8 @@ class Ranks:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement.group, placement_group_bundle_index=slot.bundle
                 ),
-            ).remote(worker, spec)
-            for slot, spec in zip(placement.slots, specs, strict=True)
+            ).remote(rank, log_level, worker, spec)
+            for rank, (slot, spec) in enumerate(zip(placement.slots, specs, strict=True))
         ]
         self._addresses: dict[int, RankAddress] = {}
         self._ended = False

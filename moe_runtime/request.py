@@ -12,6 +12,7 @@ import msgspec
 
 from moe_runtime.errors import ConfigError, PromptError, did_you_mean
 from moe_runtime.sampling_params import GREEDY_TEMPERATURE, SamplingParams
+from moe_runtime.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "GREEDY_TEMPERATURE",
@@ -26,6 +27,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "draw_seed",
@@ -182,6 +184,9 @@ class RequestMetrics:
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
+    time_in_queue: float | None = (
+        None  # seconds on the rank until it was first scheduled; of n samples the last
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,14 +200,16 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     metrics: RequestMetrics | None = None
+    num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache; None if it never ran
 
 
 # --------------------------------------------------------------------------- between driver and rank
 
 
 def stop_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> frozenset[int]:
-    """The tokens that end a request."""
-    return frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else set(eos_token_ids))
+    """The tokens that end a request. A structured text ends with an end-of-text token even under ignore_eos."""
+    ignored = params.ignore_eos and params.structured_outputs is None
+    return frozenset(params.stop_token_ids or ()) | (frozenset() if ignored else set(eos_token_ids))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +224,7 @@ class EngineRequest:
     eos_token_ids: tuple[int, ...] = ()
     arrival_time: float = 0.0  # seconds of the driver's time.monotonic
     priority: int = 0  # the lower, the sooner; counts where the scheduling policy is "priority"
+    stream_interval: int = 1  # tokens of a delta, after the first, which is one token's
 
     @property
     def key(self) -> tuple[str, int]:
@@ -239,6 +247,9 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
     cumulative_logprob: float | None = None  # over the whole completion so far
     finish_reason: FinishReason | None = None  # set on the last delta
     stop_reason: int | str | None = None
+    # Set on the first delta, if it ever ran: seconds between its coming to the rank and its being scheduled.
+    time_in_queue: float | None = None
+    num_cached_tokens: int | None = None  # set with it: prompt tokens found in the prefix cache
 
 
 def draw_seed() -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from moe_models.interfaces import CausalLM, LayerCache, TokenDispatcher
 from moe_runtime.batching import BatchBuilder
 from moe_runtime.cache.copies import copy_blocks, copy_states
-from moe_runtime.sampling import Sampler, SamplingBatch, SamplingRow, prompt_logprobs
+from moe_runtime.errors import ConfigError, MoeRuntimeError
+from moe_runtime.grammar.masks import MaskFiller, StepMasks
+from moe_runtime.grammar.matcher import TokenMatcher
+from moe_runtime.sampling import Sampler, SamplingBatch, SamplingRow, TokenMask, prompt_logprobs
 from moe_runtime.sampling.logprobs import RankedLogprobs
 from moe_runtime.scheduler import ScheduledStep, Sequence
 
@@ -24,20 +27,33 @@ class StepResult:
     token_ids: list[int]  # one for each of the step's `sampled` sequences, in that order
     logprobs: list[RankedLogprobs | None]  # the same
     prompt_logprobs: dict[Sequence, list[RankedLogprobs]]  # of the prompt tokens that this step predicts
+    # Sampled sequences that cannot go on, and why; their token means nothing.
+    failed: dict[Sequence, MoeRuntimeError] = field(default_factory=dict)
 
 
 class Runner:
     """The model and its caches on this rank."""
 
     def __init__(
-        self, model: CausalLM, caches: tuple[LayerCache, ...], *, block_size: int, vocab_size: int
+        self,
+        model: CausalLM,
+        caches: tuple[LayerCache, ...],
+        *,
+        block_size: int,
+        vocab_size: int,
+        num_mask_threads: int = 1,
     ) -> None:
+        """
+        Args:
+            num_mask_threads: that work on the masks of structured sequences while the model runs.
+        """
         self._model = model
         self._caches = caches
         self._logits_rows_at_once = max(1, _LOGITS_AT_ONCE // vocab_size)
         self._device = next(model.parameters()).device
         self._batches = BatchBuilder(block_size, self._device)
         self._sampler = Sampler()
+        self._masks = MaskFiller(vocab_size, num_threads=num_mask_threads, on_gpu=self._device.type == "cuda")
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep, dispatcher: TokenDispatcher) -> StepResult:
@@ -46,14 +62,41 @@ class Runner:
             copy_states(self._caches, step.state_copies)
         if step.block_copies:
             copy_blocks(self._caches, step.block_copies)
+        sampling = SamplingBatch(tuple([_sampling_row(sequence) for sequence in step.sampled]))
+        masks = self._start_masks(step, sampling) if sampling.structured else None
         batch = self._batches.build(step)
         hidden_TH = self._model(batch, self._caches, dispatcher)
         prompts = self._prompt_logprobs(step, hidden_TH) if step.chunks else {}
         if not step.sampled:
             return StepResult([], [], prompts)
-        sampling = SamplingBatch(tuple([_sampling_row(sequence) for sequence in step.sampled]))
-        sampled = self._sampler(self._model.compute_logits(self._last_rows(step, hidden_TH)), sampling)
-        return StepResult(sampled.token_ids, sampled.logprobs, prompts)
+        logits_NV = self._model.compute_logits(self._last_rows(step, hidden_TH))
+        if masks is None:
+            sampled = self._sampler(logits_NV, sampling)
+            return StepResult(sampled.token_ids, sampled.logprobs, prompts)
+        return self._sample_structured(step, sampling, logits_NV, masks, prompts)
+
+    def _start_masks(self, step: ScheduledStep, sampling: SamplingBatch) -> StepMasks:
+        matchers = [step.sampled[i].matcher for i in sampling.structured]
+        assert all(isinstance(matcher, TokenMatcher) for matcher in matchers), "a grammar was not waited for"
+        return self._masks.start(matchers)  # type: ignore[arg-type]
+
+    def _sample_structured(
+        self,
+        step: ScheduledStep,
+        sampling: SamplingBatch,
+        logits_NV: torch.Tensor,
+        masks: StepMasks,
+        prompts: dict[Sequence, list[RankedLogprobs]],
+    ) -> StepResult:
+        allowed_SW, errors = masks.join()
+        good = [s for s in range(len(sampling.structured)) if s not in errors]
+        mask = TokenMask(
+            tuple(sampling.structured[s] for s in good), allowed_SW[good] if errors else allowed_SW
+        )
+        sampled = self._sampler(logits_NV, sampling, mask)
+        failed = {step.sampled[sampling.structured[s]]: error for s, error in errors.items()}
+        failed |= {step.sampled[row]: _no_token_left() for row in sampled.stuck}
+        return StepResult(sampled.token_ids, sampled.logprobs, prompts, failed)
 
     def _last_rows(self, step: ScheduledStep, hidden_TH: torch.Tensor) -> torch.Tensor:
         """The rows of `step.sampled`: each decode's one token, and the last token of each finished prompt."""
@@ -107,3 +150,10 @@ def _sampling_row(sequence: Sequence) -> SamplingRow:
         row = sequence.sampling_row = SamplingRow.of(sequence.request, sequence.output_ids)
     assert isinstance(row, SamplingRow)
     return row
+
+
+def _no_token_left() -> ConfigError:
+    return ConfigError(
+        "structured_outputs and logit_bias leave no token to sample; take the -inf of logit_bias from a token "
+        "that the grammar needs"
+    )

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any
 
-from moe_runtime.errors import ConfigError, refuse_unknown
+from moe_runtime.arguments import refuse_unknown_arguments
+from moe_runtime.errors import ConfigError
+from moe_runtime.structured_outputs import StructuredOutputsParams
 
 GREEDY_TEMPERATURE = 1e-5  # below this a softmax is an argmax in float32, and dividing by it may overflow
-
-_Class = TypeVar("_Class", bound=type)
 
 # Keys of generation_config.json that are defaults for requests, and their names here.
 _GENERATION_CONFIG_KEYS = {
@@ -50,20 +50,6 @@ _INTEGERS: dict[str, tuple[float, bool, str]] = {
 _BOOLS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize")
 
 
-def refuse_unknown_arguments(cls: _Class) -> _Class:
-    """Class decorator for dataclasses: an unknown keyword raises ConfigError with its nearest match."""
-    generated: Callable[..., None] = getattr(cls, "__init__")  # noqa: B009 - mypy distrusts cls.__init__
-    names = [field.name for field in dataclasses.fields(cls) if field.init]
-
-    @functools.wraps(generated)
-    def __init__(self: Any, **arguments: Any) -> None:  # noqa: N807 - it replaces the generated method
-        refuse_unknown(arguments, names, cls.__name__)
-        generated(self, **arguments)
-
-    setattr(cls, "__init__", __init__)  # noqa: B010 - the same
-    return cls
-
-
 @refuse_unknown_arguments
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -93,6 +79,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | None = None  # the text's form; forces it token by token
 
     def __post_init__(self) -> None:
         for name, (low, low_allowed, high, hint) in _REALS.items():
@@ -112,6 +99,12 @@ class SamplingParams:
             raise ConfigError(
                 f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens}); "
                 "raise max_tokens or lower min_tokens"
+            )
+        if self.structured_outputs is not None and not isinstance(
+            self.structured_outputs, StructuredOutputsParams
+        ):
+            raise ConfigError(
+                f"structured_outputs must be StructuredOutputsParams or None, got {self.structured_outputs!r}"
             )
         if self.stop and not self.detokenize:
             raise ConfigError("stop strings need detokenize=True; use stop_token_ids to stop without text")

@@ -7,35 +7,44 @@ reads this rank's weights and makes its caches; `open_server` and `serve` serve 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ray
 import torch
 
 from moe_kernels.device import DeviceProfile
-from moe_kernels.select import select
-from moe_models.interfaces import ExpertShard, LayerCacheSpec, StateCacheSpec
-from moe_runtime.building import build_model, read_weights
+from moe_models.interfaces import ExpertShard, LayerCacheSpec, StateCacheSpec, TokenDispatcher
+from moe_runtime.building import build_model, choose_kernels, describe_model, read_weights
 from moe_runtime.cache.blocks import BlockAllocator
 from moe_runtime.cache.pool import allocate
 from moe_runtime.cache.sizing import checkpoint_interval
 from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.delivery import Delivery
 from moe_runtime.errors import ConfigError
+from moe_runtime.experts.routing_tap import RoutingTap
+from moe_runtime.grammar.cache import GrammarCache
+from moe_runtime.grammar.compiler import GrammarCompiler
 from moe_runtime.memory import plan_rank_caches
 from moe_runtime.modelfiles import dtype_name
 from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups, connect_store, host_store
+from moe_runtime.probe import RankProbe
 from moe_runtime.profiling import work_space_bytes
-from moe_runtime.rank_spec import RankReport, RankSpec, RankStats
+from moe_runtime.rank_spec import RankReport, RankSpec, RankStats, StartUpStep
 from moe_runtime.runner import Runner
 from moe_runtime.scheduler import Scheduler, SchedulerConfig
-from moe_runtime.step_loop import StepLoop
-from moe_runtime.tokenizer import find_tokenizer
+from moe_runtime.step_loop import LoopStats, StepLoop
+from moe_runtime.timing.timer import PartTimer
+from moe_runtime.tokenizer import find_eos_token_ids, find_tokenizer
 from moe_runtime.transport.mailbox import Mailbox
 from moe_runtime.transport.rank_server import RankServer
+from moe_runtime.warmup import warm_up
+
+_MAX_MASK_THREADS = 8
 
 
 class RankWorker:
@@ -52,6 +61,7 @@ class RankWorker:
         self._threads = spec.config.threads_per_rank or max(1, _node_cores() // spec.ranks_on_node)
         torch.set_num_threads(self._threads)
         self._groups: ProcessGroups | None = None
+        self._loop: StepLoop | None = None
 
     # ------------------------------------------------------------------------- coming together
 
@@ -82,17 +92,17 @@ class RankWorker:
 
     # ------------------------------------------------------------------------- loading
 
-    def load(self) -> Iterator[int]:
-        """Build the model, read this rank's weights, make the caches; yields bytes read as it goes."""
+    def load(self) -> Iterator[StartUpStep]:
+        """Build the model, read this rank's weights, make the caches, compile; yields progress as it goes."""
         spec, config = self._spec, self._config
         experts = spec.placement.experts_of_rank[spec.rank]
         self._dtype: torch.dtype = getattr(torch, dtype_name(spec.model_files.config, config.dtype))
-        self._plan = select(self._profile, self._dtype, os.environ.get("MOE_RUNTIME_KERNELS", "auto"))
         shard = ExpertShard(spec.placement.num_experts, experts)
-        model, facts = build_model(
-            spec.target, spec.model_files, shard, self._plan, self._dtype, self._device
-        )
-        yield from read_weights(model, spec.model_files)
+        facts = describe_model(spec.target, spec.model_files)
+        self._plan = choose_kernels(self._profile, spec, facts, self._dtype)
+        model = build_model(spec.target, spec.model_files, shard, self._plan, self._dtype, self._device)
+        for num_bytes in read_weights(model, spec.model_files):
+            yield StartUpStep("load", num_bytes)
 
         specs = model.cache_specs()
         self._cache_plan, self._max_model_len = plan_rank_caches(
@@ -104,15 +114,30 @@ class RankWorker:
             work_space_bytes(model, config, spec.placement.num_ranks, len(experts), self._device),
         )
         self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        caches = allocate(specs, self._cache_plan, self._device)
+        yield from warm_up(
+            model,
+            caches,
+            self._plan,
+            block_size=config.block_size,
+            num_local_experts=len(experts),
+            device=self._device,
+        )
         self._runner = Runner(
             model,
-            allocate(specs, self._cache_plan, self._device),
+            caches,
             block_size=config.block_size,
             vocab_size=facts.vocab_size,
+            num_mask_threads=max(1, min(_MAX_MASK_THREADS, self._threads // 2)),
         )
+        self._vocab_size = facts.vocab_size
         self._tokenizer = find_tokenizer(spec.model_files)
         self._scheduler = self._new_scheduler(specs)
+        self._moe_layers = facts.moe_layers
         self._load = ExpertLoad(len(facts.moe_layers), len(experts), self._device)
+        self._tap = RoutingTap(len(facts.moe_layers), facts.num_experts_per_tok, self._device)
+        self._timer = self._new_timer()
+        self._timer.watch(model)
         capacity = StepCapacity(
             max_tokens=config.max_num_batched_tokens,
             hidden_size=facts.hidden_size,
@@ -146,6 +171,8 @@ class RankWorker:
     def open_server(self, key: bytes) -> tuple[str, int]:
         """Listen for drivers and peers that know `key`; returns the address."""
         self._mailbox = Mailbox(self._spec.generation)
+        rank, size = self._spec.rank, self._spec.placement.num_ranks
+        self._probe = RankProbe(self._mailbox.call, self._timer, self._tap, rank=rank, num_ranks=size)
         self._server = RankServer(self._node_ip, key, self._mailbox)
         return self._server.address
 
@@ -164,12 +191,18 @@ class RankWorker:
             mailbox=self._mailbox,
             server=self._server,
             agree=self._agree,
-            dispatcher_for_step=lambda counts: self._load.watch(self._dispatchers.for_step(counts)),
+            dispatcher_for_step=self._dispatcher_for_step,
+            timer=self._timer,
             generation=self._spec.generation,
+            grammars=self._grammars(),
         )
+        # What start-up made stays: a collection that went through all of it would take as long as some steps.
+        gc.collect()
+        gc.freeze()
         try:
             self._loop.run()
         finally:
+            gc.unfreeze()
             self._server.close()
 
     # ------------------------------------------------------------------------- beside the loop
@@ -182,20 +215,49 @@ class RankWorker:
         """Keep work back until it is taken back; all ranks are told the same."""
         self._mailbox.pause(paused)
 
+    def probe(self, method: str, *args: Any) -> Any:
+        """Result of a method of RankProbe."""
+        return getattr(self._probe, method)(*args)
+
     def stats(self) -> RankStats:
         """What this rank has done and holds now."""
+        loop, rank = self._loop, self._spec.rank
         return RankStats(
-            rank=self._spec.rank,
+            rank=rank,
             scheduler=dataclasses.asdict(self._scheduler.stats),
-            loop=dataclasses.asdict(self._loop.stats),
+            loop=dataclasses.asdict(loop.stats if loop else LoopStats()),
+            step_parts=self._timer.seconds(),
+            prompt_step_parts=self._timer.prompt_seconds(),
+            step_sizes=tuple(loop.step_sizes) if loop else (),
+            moe_layers=self._moe_layers,
+            local_experts=self._spec.placement.experts_of_rank[rank],
+            expert_tokens=tuple(map(tuple, self.expert_load())),
+            sent_bytes=dataclasses.asdict(self._dispatchers.traffic),
         )
 
     def expert_load(self) -> list[list[int]]:
         """Tokens that each local expert of each MoE layer computed so far."""
         return self._load.tokens_per_expert().tolist()
 
+    def _dispatcher_for_step(self, token_counts: tuple[int, ...]) -> TokenDispatcher:
+        return self._tap.watch(self._load.watch(self._dispatchers.for_step(token_counts)))
+
     def _agree(self, values: list[int]) -> list[list[int]]:
         return [values] if self._groups is None else self._groups.agree(values)
+
+    def _grammars(self) -> GrammarCache | None:
+        """For structured requests; xgrammar is imported when the first one comes."""
+        tokenizer, files = self._tokenizer, self._spec.model_files
+        if tokenizer is None:
+            return None
+        end_ids = find_eos_token_ids(files, tokenizer)
+        return GrammarCache(lambda: GrammarCompiler(tokenizer, self._vocab_size, end_ids))
+
+    def _new_timer(self) -> PartTimer[Any]:
+        if self._device.type == "cuda":
+            return PartTimer.on_device()
+        host = self._groups.host if self._groups is not None else None
+        return PartTimer.on_host(host.waited_s if host is not None else None)
 
     def _new_scheduler(self, specs: Sequence[LayerCacheSpec]) -> Scheduler:
         config, plan = self._config, self._cache_plan

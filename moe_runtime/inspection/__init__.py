@@ -12,6 +12,7 @@ from moe_runtime.inspection import cache
 from moe_runtime.inspection.fit import Fit
 from moe_runtime.inspection.model_info import InspectionFacts, ModelInfo, TokenizerFacts
 from moe_runtime.modelfiles import dtype_name
+from moe_runtime.quantization import find_quantization, kept_quantization
 from moe_runtime.registry import resolve_target
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def inspect_model(
     *,
     model_class: str | type | None = None,
     dtype: str = "auto",
+    quantization: str | None = None,
+    device: str = "cuda",
     revision: str | None = None,
     runtime_env: Mapping[str, Any] | None = None,
     use_cache: bool = True,
@@ -44,12 +47,15 @@ def inspect_model(
         model_class: `"module:Class"` or a class where no registered one is meant; a class defined in the
             driver's own script is shipped by value.
         dtype: of the parameters; "auto" is the configuration's own.
+        quantization: "int8", or None for the checkpoint's own.
+        device: of the ranks; on "cpu" the experts of an FP8 checkpoint are counted in `dtype`.
         revision: of a Hub id.
         runtime_env: of the workers, where it differs from that of the Ray job.
         use_cache: False inspects anew and replaces the cached answer.
 
     Raises:
-        ModelNotFoundError, ConfigError: no such model, or its config.json cannot be used.
+        ModelNotFoundError, ConfigError: no such model, or its config.json cannot be used (an unsupported
+            quantisation is such a reason).
         UnknownArchitectureError: no registered class has its architecture's name.
         ModelImportError, AcceleratorTouchError, InspectionTimeoutError, InspectionCrashError, InspectionError:
             the class could not be inspected. None of these is cached.
@@ -58,11 +64,13 @@ def inspect_model(
         raise ConfigError(f"timeout_s must be a number of seconds above 0, got {timeout_s!r}")
     files = _resolve(model, revision)
     target = resolve_target(files.config, model_class)
+    method = find_quantization(files.config, quantization)
     request = {
         "target": target.to_dict(),
         "config": files.config,
         "dtype": dtype_name(files.config, dtype),
-        "quantization": _quantization(files.config),
+        "quantization": method,
+        "kept_quantization": kept_quantization(method, device),
     }
     tokenizer_config = files.tokenizer_config or {}
     tokenizer = _tokenizer_facts(files.config, tokenizer_config, Path(files.path))
@@ -86,11 +94,6 @@ def _resolve(model: str | os.PathLike[str] | ModelFiles | None, revision: str | 
     from moe_runtime.modelfiles import ModelFiles, resolve_model
 
     return model if isinstance(model, ModelFiles) else resolve_model(model, revision, config_only=True)
-
-
-def _quantization(config: Mapping[str, Any]) -> str | None:
-    section = config.get("quantization_config")
-    return str(section.get("quant_method", "unknown")) if isinstance(section, Mapping) else None
 
 
 def _tokenizer_facts(

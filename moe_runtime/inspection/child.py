@@ -81,14 +81,17 @@ def _inspect(target: ModelTarget, request: Mapping[str, Any], guard: Accelerator
 
     from moe_kernels.select import KernelPlan
     from moe_models.interfaces import ExpertShard, KVCacheSpec
+    from moe_runtime.quantization import weight_formats
 
     guard.activity = "describing"
     about = cls.describe(config)
     dtype = getattr(torch, request["dtype"])
+    formats = weight_formats(request["kept_quantization"], about.moe_intermediate_size)
+    plan = KernelPlan.reference().with_weights(**formats.dtypes())
     guard.activity = "building"
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
-        model = cls(config, ExpertShard.whole(about.num_experts), KernelPlan.reference())
+        model = cls(config, ExpertShard.whole(about.num_experts), plan)
     counts, sizes, notes = _count_parameters(model)
     specs = model.cache_specs()
     return {
@@ -117,14 +120,17 @@ def _inspect(target: ModelTarget, request: Mapping[str, Any], guard: Accelerator
 
 
 def _count_parameters(model: Any) -> tuple[dict[str, int], dict[str, int], list[str]]:
-    """Counts and bytes by kind, and what is odd about them. A tied parameter counts once."""
+    """Counts and bytes by kind, and what is odd about them. A tied parameter counts once, scales only as bytes."""
+    from moe_models.interfaces import scale_parameters
+
     counts, sizes = dict.fromkeys(_KINDS, 0), dict.fromkeys(_KINDS, 0)
     real = []
+    scales = scale_parameters(model)
     for name, parameter in model.named_parameters():
         kind = model.parameter_kind(name)
         if kind not in counts:
             raise ValueError(f"parameter_kind({name!r}) is {kind!r}; it must be one of {', '.join(_KINDS)}")
-        counts[kind] += parameter.numel()
+        counts[kind] += 0 if name in scales else parameter.numel()
         sizes[kind] += parameter.numel() * parameter.element_size()
         if parameter.device.type != "meta":
             real.append(name)

@@ -35,7 +35,7 @@ class InspectionFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What inspection returns. All byte counts are for parameters in `dtype`."""
+    """What inspection returns. Byte counts are for parameters in `dtype`, or quantised with their scales."""
 
     architecture: str
     model_class: str  # "module:Class"
@@ -52,8 +52,10 @@ class ModelInfo:
     shared_expert_intermediate_size: int  # 0: no shared expert
     num_mtp_layers: int
     dtype: str  # "bfloat16", ...
-    quantization: str | None  # method named in config.json, or None
-    parameters: Mapping[str, int]  # count by kind: expert, attention, linear_attention, other
+    quantization: str | None  # "int8" (asked for), "fp8" (the checkpoint's), or None
+    parameters: Mapping[
+        str, int
+    ]  # count by kind, scales not counted: expert, attention, linear_attention, other
     parameter_bytes: Mapping[str, int]  # bytes by the same kinds
     kv_bytes_per_token: int  # of all full-attention layers
     state_bytes_per_request: int  # of all Gated DeltaNet layers, whatever the length

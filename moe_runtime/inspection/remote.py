@@ -20,7 +20,7 @@ def inspect_remotely(
     """
     import ray
 
-    from moe_runtime.cluster import ensure_ray
+    from moe_runtime.connecting import ensure_ray
 
     owns_ray = ensure_ray()
     try:

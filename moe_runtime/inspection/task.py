@@ -36,7 +36,7 @@ def run_inspection(request: Mapping[str, Any], timeout_s: float) -> dict[str, An
     """Inspect in a fresh interpreter; returns its reply, or one that says how it ended without.
 
     Args:
-        request: target, config, dtype and quantization, as `child` reads them.
+        request: target, config, dtype, quantization and what is kept of it, as `child` reads them.
         timeout_s: after which the process is killed.
 
     Returns:

@@ -15,6 +15,7 @@ from moe_models.interfaces import Dispatched, TokenDispatcher
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.parallel.groups import ProcessGroups, collective
 from moe_runtime.parallel.packing import TokenPacking
+from moe_runtime.parallel.traffic import Traffic
 
 
 class AllGatherDispatcher:
@@ -22,6 +23,7 @@ class AllGatherDispatcher:
 
     def __init__(self, groups: ProcessGroups, placement: ExpertPlacement, device: torch.device) -> None:
         self.groups = groups
+        self.traffic = Traffic()
         # Id of each logical expert here, -1 where it lives elsewhere; one entry more, for padding (id -1).
         self.local_id_E1 = torch.full((placement.num_experts + 1,), -1, dtype=torch.int64, device=device)
         mine = torch.tensor(placement.experts_of_rank[groups.rank], dtype=torch.int64, device=device)
@@ -47,6 +49,7 @@ class _AllGatherStep:
         )
         with collective("gathering tokens"):
             dist.all_gather_single(everyone, mine, group=self._groups.data)
+        self._shared.traffic.dispatch += (self._groups.size - 1) * mine.nbytes
         x, ids, weights = packing.views(everyone)
         return Dispatched(
             x_GH=x,
@@ -57,6 +60,7 @@ class _AllGatherStep:
 
     def combine(self, y_GH: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         size, padded, num_tokens = self._groups.size, self._padded, dispatched.handle
+        self._shared.traffic.combine += (size - 1) * padded * y_GH.shape[1] * y_GH.itemsize
         if y_GH.device.type == "cuda":
             out = torch.empty((padded, y_GH.shape[1]), dtype=y_GH.dtype, device=y_GH.device)
             with collective("reducing partial sums"):

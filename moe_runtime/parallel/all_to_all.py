@@ -15,6 +15,7 @@ from moe_models.interfaces import Dispatched, TokenDispatcher
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.parallel.groups import ProcessGroups, collective
 from moe_runtime.parallel.packing import TokenPacking
+from moe_runtime.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class AllToAllDispatcher:
 
     def __init__(self, groups: ProcessGroups, placement: ExpertPlacement, device: torch.device) -> None:
         self._groups = groups
+        self.traffic = Traffic()
         self._rank_of_E = torch.tensor(placement.rank_of_expert(), dtype=torch.int64, device=device)
         self._local_id_E = torch.full((placement.num_experts,), -1, dtype=torch.int64, device=device)
         mine = torch.tensor(placement.experts_of_rank[groups.rank], dtype=torch.int64, device=device)
@@ -55,12 +57,15 @@ class AllToAllDispatcher:
 
         packing = TokenPacking(x_TH.shape[1], topk_ids_TK.shape[1], x_TH.dtype)
         packed = packing.pack(x_TH, topk_ids_TK, topk_weights_TK, num_tokens)[token_of_pair_S]
+        self.traffic.dispatch += self._num_to_others(sent.send_counts) * packing.row_bytes
+        self.traffic.dispatch += (self._groups.size - 1) * send_counts.itemsize
         received = self._exchange(packed, sent.send_counts, sent.receive_counts, "dispatching tokens")
         x, ids, weights = packing.views(received)
         return Dispatched(x_GH=x, local_ids_GK=self._local_id_E[ids.long()], weights_GK=weights, handle=sent)
 
     def combine(self, y_GH: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         sent: _Sent = dispatched.handle
+        self.traffic.combine += self._num_to_others(sent.receive_counts) * y_GH.shape[1] * y_GH.itemsize
         partial_SH = self._exchange(
             y_GH.contiguous(), sent.receive_counts, sent.send_counts, "combining partial sums"
         )
@@ -72,6 +77,9 @@ class AllToAllDispatcher:
             out.index_add_(0, sent.token_of_pair_S[part], partial_SH[part].float())
             start += count
         return out.to(y_GH.dtype)
+
+    def _num_to_others(self, counts: list[int]) -> int:
+        return sum(counts) - counts[self._groups.rank]
 
     def _exchange(
         self, rows: torch.Tensor, send_counts: list[int], receive_counts: list[int], what: str

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from moe_models.interfaces import Dispatched, ExpertShard, TokenDispatcher
+from moe_models.interfaces import Dispatched, ExpertShard, Recorder, TokenDispatcher, recorder_of
 from moe_models.local_dispatch import LocalDispatcher
 from moe_runtime.errors import ConfigError
 from moe_runtime.experts.placement import ExpertPlacement
@@ -19,6 +19,7 @@ from moe_runtime.parallel.all_to_all import AllToAllDispatcher
 from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.groups import ProcessGroups
 from moe_runtime.parallel.shared_memory import SharedMemoryDispatcher
+from moe_runtime.parallel.traffic import Traffic
 
 # Above this share of the ranks touched by an average token, copying every token everywhere costs less than
 # asking which rank needs which: an all-to-all has to exchange its counts first.
@@ -32,6 +33,11 @@ class Dispatchers(Protocol):
         """`token_counts` are the tokens of every rank in this step, as agreed."""
         ...
 
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent so far."""
+        ...
+
 
 class LocalDispatchers:
     """One rank that holds every expert: nothing travels."""
@@ -41,6 +47,10 @@ class LocalDispatchers:
 
     def for_step(self, token_counts: tuple[int, ...]) -> TokenDispatcher:
         return self._dispatcher
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic()
 
 
 def make_dispatchers(
@@ -105,6 +115,11 @@ class _CountingDispatcher:
         self._counts = counts
         self._layer = 0
 
+    @property
+    def recorder(self) -> Recorder | None:
+        """See `recorder_of`."""
+        return None if recorder_of(self._inner) is None else self._record
+
     def dispatch(
         self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor
     ) -> Dispatched:
@@ -115,6 +130,10 @@ class _CountingDispatcher:
         row.scatter_add_(0, column, torch.ones_like(column))
         self._layer += 1
         return dispatched
+
+    def _record(self, ids_MTK: torch.Tensor) -> None:
+        ids = ids_MTK.flatten(1)
+        self._counts.scatter_add_(1, ids, torch.ones_like(ids))
 
     def combine(self, y_GH: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         return self._inner.combine(y_GH, dispatched)

@@ -7,7 +7,7 @@ import functools
 from ctypes import c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-from moe_runtime.parallel.native.build import NativeBuildError, compiled
+from moe_kernels.native.build import NativeBuildError, Unit, compiled
 
 _SOURCE = Path(__file__).parent / "native" / "host_link.c"
 
@@ -50,6 +50,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "moe_control_bytes": ([], c_int64),
     "moe_link_new": ([c_void_p, c_int32, c_int32, c_int64, c_int64], c_void_p),
     "moe_link_free": ([c_void_p], None),
+    "moe_waited_ns": ([c_void_p], c_void_p),
+    "moe_sent_bytes": ([c_void_p], c_void_p),
     "moe_leave": ([c_void_p], None),
     "moe_is_behind": ([c_void_p, c_int32], c_int),
     "moe_who_left": ([c_void_p], c_int),
@@ -71,7 +73,7 @@ def host_library() -> ctypes.CDLL:
         NativeBuildError: it cannot be compiled or loaded on this machine.
     """
     try:
-        library = ctypes.CDLL(str(compiled(_SOURCE)))
+        library = ctypes.CDLL(str(compiled("host_link", [Unit(_SOURCE)])))
     except OSError as error:
         raise NativeBuildError(f"the compiled library cannot be loaded: {error}") from error
     for name, (arguments, result) in _SIGNATURES.items():

@@ -17,10 +17,10 @@ from typing import Any
 
 import psutil
 
+from moe_kernels.native.build import NativeBuildError
 from moe_runtime.errors import ConfigError, PeerLostError
 from moe_runtime.parallel import host_library
 from moe_runtime.parallel.host_library import MAX_RANKS, MAX_VALUES
-from moe_runtime.parallel.native.build import NativeBuildError
 from moe_runtime.parallel.peers import Peer
 
 # A wait sleeps for this long, looks whether its peers live, and sleeps again.
@@ -60,6 +60,8 @@ class HostLink:
             int(_SLICE_S * 1e9),
         )
         assert self._link is not None, "out of memory"
+        self._waited_ns = ctypes.c_int64.from_address(self.library.moe_waited_ns(self._link))
+        self._sent = (ctypes.c_int64 * 2).from_address(self.library.moe_sent_bytes(self._link))
 
     @classmethod
     def join(
@@ -89,6 +91,14 @@ class HostLink:
         if spin_s is None:
             spin_s = 0.0 if size >= len(os.sched_getaffinity(0)) else _SPIN_S
         return cls(rank, size, file, peers, timeout_s, spin_s)
+
+    def waited_s(self) -> float:
+        """Seconds that this rank has waited for others in its calls so far; 0 once it has left."""
+        return self._waited_ns.value * 1e-9
+
+    def sent_bytes(self) -> tuple[int, int]:
+        """Bytes that this rank has written for others so far, by dispatch and by combine; 0 once it has left."""
+        return self._sent[0], self._sent[1]
 
     def agree(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's `values` (at most MAX_VALUES, the same number on each), in rank order."""
@@ -156,6 +166,8 @@ class HostLink:
         if self._link is None:
             return
         self.library.moe_leave(self._link)
+        self._waited_ns = ctypes.c_int64()  # the counters go with the link
+        self._sent = (ctypes.c_int64 * 2)()
         self.library.moe_link_free(self._link)
         self._link = None
         self._lost = self._lost or "this rank has left"

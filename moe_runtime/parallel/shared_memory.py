@@ -16,6 +16,7 @@ from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.host_library import BFLOAT16, FLOAT16, FLOAT32, Buffers, Step
 from moe_runtime.parallel.host_link import HostLink, data_offset
+from moe_runtime.parallel.traffic import Traffic
 
 _DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
@@ -95,6 +96,10 @@ class SharedMemoryDispatcher:
             f"a rank has {max(token_counts)} tokens in a step, its buffers hold {self.capacity.max_tokens}"
         )
         return _SharedMemoryStep(self, token_counts)
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(*self.link.sent_bytes())
 
     def rows(self, offset: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """View of [num_rows, width] at a byte offset of the mapping."""

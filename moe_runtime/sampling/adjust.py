@@ -1,4 +1,4 @@
-"""Changes that can move the best token: logit_bias, min_tokens and the three penalties, in that order."""
+"""Changes that can move the best token: logit_bias, min_tokens, the three penalties and grammars, in that order."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Sequence
 import torch
 
 from moe_runtime.sampling.batch import SamplingBatch, SamplingRow
+from moe_runtime.sampling.mask import TokenMask, apply_mask
 
 IndexedRow = tuple[int, SamplingRow]  # index into the logits, and the row
 
 
-def adjust_logits(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Float32 logits [N, V] after logit_bias, min_tokens and penalties; the input is never changed.
+def adjust_logits(
+    logits_NV: torch.Tensor, batch: SamplingBatch, mask: TokenMask | None = None
+) -> torch.Tensor:
+    """Float32 logits [N, V] after logit_bias, min_tokens, penalties and `mask`; the input is never changed.
 
     Rows that ask for none of these cost nothing, and where no row does no copy is made.
     """
@@ -22,7 +25,7 @@ def adjust_logits(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor
     masked = [(i, row) for i, row in rows if row.needs_stop_mask]
     penalised = [(i, row) for i, row in rows if row.has_penalty]
     x_NV = logits_NV.float()
-    if not (biased or masked or penalised):
+    if not (biased or masked or penalised or mask):
         return x_NV
     if x_NV is logits_NV:
         x_NV = x_NV.clone()
@@ -33,6 +36,8 @@ def adjust_logits(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor
     if penalised:
         _penalise_repetition(x_NV, [(i, row) for i, row in penalised if row.params.repetition_penalty != 1])
         _penalise_counts(x_NV, penalised)
+    if mask:
+        apply_mask(x_NV, mask)
     return x_NV
 
 

@@ -31,7 +31,7 @@ class SamplingRow:
         p = self.params
         has_filter = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
         has_penalty = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
-        touched = has_penalty or bool(p.logit_bias) or p.min_tokens > 0
+        touched = has_penalty or bool(p.logit_bias) or p.min_tokens > 0 or p.structured_outputs is not None
         object.__setattr__(self, "is_greedy", p.is_greedy)
         object.__setattr__(self, "has_filter", has_filter)
         object.__setattr__(self, "has_penalty", has_penalty)
@@ -56,8 +56,8 @@ class SamplingRow:
 
     @property
     def needs_stop_mask(self) -> bool:
-        """Whether it is too early for a token that ends the sequence."""
-        return len(self.output_token_ids) < self.params.min_tokens
+        """Whether it is too early for a token that ends the sequence; a structured one's own mask knows better."""
+        return len(self.output_token_ids) < self.params.min_tokens and self.params.structured_outputs is None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +68,7 @@ class SamplingBatch:
     all_plain: bool = field(init=False)  # an argmax of the model's logits is all that is needed
     random: tuple[int, ...] = field(init=False)  # indices of the rows that are drawn
     with_logprobs: tuple[int, ...] = field(init=False)  # indices of the rows that report logprobs
+    structured: tuple[int, ...] = field(init=False)  # indices of the rows that a grammar restricts
 
     def __post_init__(self) -> None:
         indexed = list(enumerate(self.rows))
@@ -75,3 +76,7 @@ class SamplingBatch:
         object.__setattr__(self, "random", tuple(i for i, row in indexed if not row.is_greedy))
         logprobs = tuple(i for i, row in indexed if row.params.logprobs is not None)
         object.__setattr__(self, "with_logprobs", logprobs)
+        structured: tuple[int, ...] = ()
+        if not self.all_plain:
+            structured = tuple(i for i, row in indexed if row.params.structured_outputs is not None)
+        object.__setattr__(self, "structured", structured)

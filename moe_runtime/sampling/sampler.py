@@ -1,6 +1,6 @@
 """Sampler: from logits to one token a sequence.
 
-The order is vLLM's: logit_bias, min_tokens, penalties, then either the best token (greedy) or temperature,
+The order is vLLM's: logit_bias, min_tokens, penalties, grammars, then either the best token (greedy) or temperature,
 min-p, top-k, top-p and a draw. Every row is worked out by itself, from its own logits, history and counter,
 so a token does not depend on the other rows, on the rank or on whether it is a replay.
 """
@@ -8,7 +8,7 @@ so a token does not depend on the other rows, on the rank or on whether it is a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from moe_runtime.sampling.batch import SamplingBatch, SamplingRow
 from moe_runtime.sampling.draw import draw_tokens
 from moe_runtime.sampling.filters import filter_thresholds
 from moe_runtime.sampling.logprobs import RankedLogprobs, ranked_logprobs
+from moe_runtime.sampling.mask import TokenMask
 from moe_runtime.sampling.uniform import uniforms
 
 _ELEMENTS_AT_ONCE = 1 << 19  # 2 MB of float32: converted parts stay in a core's cache
@@ -31,6 +32,9 @@ class SamplerOutput:
 
     token_ids: list[int]
     logprobs: list[RankedLogprobs | None]  # the sampled token first, then the best; None if not asked for
+    stuck: tuple[int, ...] = field(
+        default=()
+    )  # rows whose grammar and logit_bias left no token: theirs means nothing
 
 
 class Sampler:
@@ -40,8 +44,10 @@ class Sampler:
         """`top_p_rounds`: how many best tokens top-p looks at, in turn, before it sorts a whole row."""
         self._top_p_rounds = tuple(top_p_rounds)
 
-    def __call__(self, logits_NV: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
-        """Sample from logits of any float dtype; N may be 0.
+    def __call__(
+        self, logits_NV: torch.Tensor, batch: SamplingBatch, mask: TokenMask | None = None
+    ) -> SamplerOutput:
+        """Sample from logits of any float dtype, from the tokens that `mask` leaves; N may be 0.
 
         Raises MoeRuntimeError if a row has no finite maximum (NaN or infinite logits come from the model).
         """
@@ -49,19 +55,17 @@ class Sampler:
         assert logits_NV.shape[0] == num_rows, f"{logits_NV.shape[0]} rows of logits, {num_rows} sequences"
         if num_rows == 0:
             return SamplerOutput([], [])
-        x_NV = logits_NV if batch.all_plain else adjust_logits(logits_NV, batch)
+        x_NV = logits_NV if batch.all_plain else adjust_logits(logits_NV, batch, mask)
         best_N, tokens_N = _best(x_NV)
         if batch.random:
             drawn = self._draw(x_NV, best_N, batch)
             tokens_N[list(batch.random)] = drawn
-        # One transfer to the host for both.
-        token_ids, finite = torch.stack([tokens_N, best_N.isfinite().long()]).tolist()
+        token_ids, finite = _on_host(tokens_N, best_N)
+        stuck: tuple[int, ...] = ()
         if not all(finite):
-            raise MoeRuntimeError(
-                f"the logits of sequence {finite.index(0)} of {num_rows} in this step have no finite "
-                "maximum: the model's output holds NaN or infinity; check its weights and dtype"
-            )
-        return SamplerOutput(token_ids, self._logprobs(logits_NV, tokens_N, batch))
+            stuck = tuple(i for i in range(num_rows) if not finite[i])
+            _refuse_broken_logits(logits_NV, batch, stuck)
+        return SamplerOutput(token_ids, self._logprobs(logits_NV, tokens_N, batch), stuck)
 
     def _draw(self, x_NV: torch.Tensor, best_N: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         """Tokens of the random rows, in their order, int64."""
@@ -120,12 +124,40 @@ class Sampler:
         return found
 
 
+def _refuse_broken_logits(logits_NV: torch.Tensor, batch: SamplingBatch, rows: Sequence[int]) -> None:
+    """Raise MoeRuntimeError if one of the rows has no finite maximum, but for a grammar that left none."""
+    for i in rows:
+        if i not in batch.structured or not logits_NV[i].max().isfinite():
+            raise MoeRuntimeError(
+                f"the logits of sequence {i} of {len(batch.rows)} in this step have no finite "
+                "maximum: the model's output holds NaN or infinity; check its weights and dtype"
+            )
+
+
 def _best(x_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's largest logit and its token; ties go to the lowest token id, NaN counts as the largest."""
     if x_NV.device.type != "cpu":
-        best_N, tokens_N = x_NV.max(dim=-1)
-        return best_N, tokens_N
+        return x_NV.max(dim=-1)
     # On CPUs NumPy searches with vector instructions and torch does not, which makes a factor of five to ten.
-    parts = x_NV.split(max(1, _ELEMENTS_AT_ONCE // x_NV.shape[1]))
-    tokens_N = torch.from_numpy(np.concatenate([part.float().numpy().argmax(-1) for part in parts]))
-    return x_NV.gather(1, tokens_N[:, None])[:, 0], tokens_N
+    at_once = max(1, _ELEMENTS_AT_ONCE // x_NV.shape[1])
+    if len(x_NV) <= at_once:
+        best_N, tokens_N = _best_of_part(x_NV)
+    else:
+        best, tokens = zip(*map(_best_of_part, x_NV.split(at_once)), strict=True)
+        best_N, tokens_N = np.concatenate(best), np.concatenate(tokens)
+    return torch.from_numpy(best_N), torch.from_numpy(tokens_N)
+
+
+def _best_of_part(x_NV: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    x = x_NV.float().numpy()
+    tokens = x.argmax(-1)
+    return x[np.arange(len(tokens)), tokens], tokens
+
+
+def _on_host(tokens_N: torch.Tensor, best_N: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The tokens, and 1 for each whose logit is finite."""
+    if best_N.device.type == "cpu":
+        return tokens_N.tolist(), np.isfinite(best_N.numpy()).tolist()
+    # One transfer for both.
+    token_ids, finite = torch.stack([tokens_N, best_N.isfinite().long()]).tolist()
+    return token_ids, finite

@@ -65,11 +65,7 @@ class Scheduler:
     # ----------------------------------------------------------------- into the queue and out of it
 
     def add(self, request: EngineRequest) -> Sequence:
-        """Queue a request.
-
-        Raises PromptError, with the numbers, for one that could never run, and QueueFullError where too many
-        wait.
-        """
+        """Queue a request; PromptError for one that could never run, QueueFullError where too many wait."""
         samples = self._queues.samples(request.request_id)
         if any(sample.request.sample_index == request.sample_index for sample in samples):
             raise ConfigError(
@@ -77,12 +73,7 @@ class Scheduler:
                 "each request an id of its own"
             )
         max_tokens = max_tokens_of(request, self.config.max_model_len, self._blocks)
-        limit = self.config.max_waiting
-        if limit is not None and self.num_waiting >= limit:
-            raise QueueFullError(
-                f"request {request.request_id!r} is refused: {self.num_waiting} sequences wait and the limit "
-                f"is {limit}; try again later, or raise max_waiting"
-            )
+        self.check_queue(request)
         self._num_arrived += 1
         sequence = Sequence(
             request=request,
@@ -93,6 +84,15 @@ class Scheduler:
         )
         self._queues.add(sequence)
         return sequence
+
+    def check_queue(self, request: EngineRequest, num_elsewhere: int = 0) -> None:
+        """Raise QueueFullError where too many wait, here and `num_elsewhere`."""
+        limit, num_waiting = self.config.max_waiting, self.num_waiting + num_elsewhere
+        if limit is not None and num_waiting >= limit:
+            raise QueueFullError(
+                f"request {request.request_id!r} is refused: {num_waiting} sequences wait and the limit "
+                f"is {limit}; try again later, or raise max_waiting"
+            )
 
     def abort(self, request_id: str) -> list[Sequence]:
         """End all samples of a request, wherever they are; returns those that were still going on."""
@@ -289,9 +289,11 @@ class Scheduler:
 
     def _end_if_due(self, sequence: Sequence, token: int) -> None:
         """End a sequence whose newest token ends it."""
-        enough = len(sequence.output_ids) >= sequence.request.params.min_tokens
-        if token in sequence.stop_ids and enough:
-            is_eos = token in sequence.request.eos_token_ids and not sequence.request.params.ignore_eos
+        params = sequence.request.params
+        # The mask of a structured text lets an early end through only where it can have no other.
+        structured = params.structured_outputs is not None
+        if token in sequence.stop_ids and (structured or len(sequence.output_ids) >= params.min_tokens):
+            is_eos = token in sequence.request.eos_token_ids and (structured or not params.ignore_eos)
             self.finish(sequence, "stop", None if is_eos else token)
         elif len(sequence.token_ids) >= sequence.max_tokens:
             self.finish(sequence, "length")

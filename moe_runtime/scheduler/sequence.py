@@ -48,6 +48,9 @@ class Sequence:
     rewrite_stamp: int = 0  # another number after every change that was more than an appended block
 
     sampling_row: object | None = None  # the runner's own, made when it first samples
+    matcher: object | None = (
+        None  # set by the step loop after `add`, for the runner: where a structured text is
+    )
 
     @property
     def num_uncomputed(self) -> int:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from moe_runtime.errors import ConfigError, ModelNotFoundError
 
 TOKENIZER_FILE = "tokenizer.json"
+_SHORT_TEXT = 4096  # characters that are encoded in less time than other threads would miss
 # What a tokenizer without tokenizer.json is made of; without any of these transformers cannot help either.
 _LEGACY_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -20,6 +21,7 @@ class TokenizerBackend(Protocol):
     """What `Tokenizer` needs from a library."""
 
     vocab_size: int  # ids in use, added tokens included
+    special_ids: frozenset[int]  # tokens that stand for no text
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
@@ -49,8 +51,9 @@ class JsonBackend:
         self._rust.no_padding()
         self._add_tokens(file, tokenizer_config.get("added_tokens_decoder") or {})
         self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
-        self._special_ids = {i for i, token in self._rust.get_added_tokens_decoder().items() if token.special}
-        self._byte_of_char = _byte_of_char() if isinstance(self._rust.decoder, decoders.ByteLevel) else None
+        added = self._rust.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._byte_of_char = byte_of_char() if isinstance(self._rust.decoder, decoders.ByteLevel) else None
 
     def _add_tokens(self, file: Path, added: Mapping[str, Any]) -> None:
         """Add the tokens that only tokenizer_config.json knows, in the order of their ids."""
@@ -70,7 +73,12 @@ class JsonBackend:
                 )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= _SHORT_TEXT:
+            encoding = self._rust.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            # The same tokens; but `encode` keeps every thread of the process waiting, for seconds a megabyte.
+            (encoding,) = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -89,7 +97,7 @@ class JsonBackend:
         if self._byte_of_char is None:
             return None
         token = self.id_to_token(token_id)
-        if token is None or (skip_special_tokens and token_id in self._special_ids):
+        if token is None or (skip_special_tokens and token_id in self.special_ids):
             return b""
         try:
             return bytes(self._byte_of_char[char] for char in token)
@@ -103,6 +111,7 @@ class TransformersBackend:
     def __init__(self, auto_tokenizer: Any) -> None:
         self._auto = auto_tokenizer
         self.vocab_size: int = len(auto_tokenizer)
+        self.special_ids = frozenset(auto_tokenizer.all_special_ids)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._auto.encode(text, add_special_tokens=add_special_tokens)
@@ -152,7 +161,7 @@ def load_backend(directory: Path, tokenizer_config: Mapping[str, Any]) -> Tokeni
         raise ConfigError(f"transformers cannot read the tokenizer in {directory}: {error}") from error
 
 
-def _byte_of_char() -> dict[str, int]:
+def byte_of_char() -> dict[str, int]:
     """The byte that each character of the byte-level alphabet stands for.
 
     The alphabet (GPT-2's) gives printable Latin-1 bytes their own character and the others, in order, the

@@ -27,8 +27,10 @@ class IncrementalDetokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._whole_texts = tokenizer.whole_texts[skip_special_tokens]
         self._utf8 = Utf8Decoder(errors="replace")
-        self._window = list(prompt_ids[-_CONTEXT_TOKENS:])  # tokens decoded together in the general case
-        self._num_shown = len(self._window)  # of them, those whose text has been given out
+        self._prompt_end = prompt_ids[-_CONTEXT_TOKENS - _MAX_HELD_TOKENS :]
+        self._window: list[int] = []  # tokens decoded together in the general case
+        self._num_shown = 0  # of them, those whose text has been given out
+        self._boundaries: list[int] = []  # positions in the window that are inside of no character
 
     def append(self, token_id: int) -> str:
         """Take one more token; the text that it completes, often "" in the middle of a character."""
@@ -42,6 +44,10 @@ class IncrementalDetokenizer:
             if between_characters and not self._utf8.buffer:
                 self._whole_texts[token_id] = text
             return text
+        if not self._boundaries:
+            self._window = self._context()
+            self._num_shown = len(self._window)
+            self._boundaries = [0, self._num_shown]
         self._window.append(token_id)
         return self._window_delta(final=False)
 
@@ -58,9 +64,19 @@ class IncrementalDetokenizer:
         if whole.endswith(_REPLACEMENT) and held_tokens <= _MAX_HELD_TOKENS and not final:
             return ""
         # The window moves on by whole deltas, so that it never starts inside a character.
-        self._window = self._window[max(0, self._num_shown - _CONTEXT_TOKENS) :]
+        start = max(b for b in self._boundaries if b <= max(0, self._num_shown - _CONTEXT_TOKENS))
+        self._window = self._window[start:]
         self._num_shown = len(self._window)
+        self._boundaries = [*(b - start for b in self._boundaries if b >= start), self._num_shown]
         return whole[len(shown) :]
+
+    def _context(self) -> list[int]:
+        """The prompt's last tokens, from the beginning of a character if there is one within reach."""
+        for num_tokens in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _MAX_HELD_TOKENS):
+            tokens = list(self._prompt_end[-num_tokens:])
+            if not self._decode(tokens).startswith(_REPLACEMENT):
+                return tokens
+        return list(self._prompt_end[-_CONTEXT_TOKENS:])
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)

@@ -89,6 +89,14 @@ class Tokenizer:
         """The bytes of a token of a byte-level tokenizer, b"" if skipped or unknown; None for other tokenizers."""
         return self._backend.token_bytes(token_id, skip_special_tokens)
 
+    def piece(self, token_id: int) -> str | None:
+        """A token as the vocabulary spells it; None if unknown."""
+        return self._backend.id_to_token(token_id)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token stands for no text."""
+        return token_id in self._backend.special_ids
+
     def token_to_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
@@ -156,6 +164,15 @@ def find_tokenizer(files: ModelFiles) -> Tokenizer | None:
         return load_tokenizer(files)
     except ModelNotFoundError:
         return None
+
+
+def find_eos_token_ids(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The generation config's ids, or the model config's where it has none, and the tokenizer's own."""
+    configured = files.generation_config.get("eos_token_id", files.config.get("eos_token_id"))
+    ids = [] if configured is None else configured if isinstance(configured, list) else [configured]
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(ids))
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str | list[str]]:

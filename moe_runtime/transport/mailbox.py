@@ -9,21 +9,32 @@ so none is taken twice.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from moe_runtime.request import EngineRequest
+
+
+class Submitted(NamedTuple):
+    """A request that came in."""
+
+    driver: str
+    request: EngineRequest
+    at: float  # time.perf_counter when it came
 
 
 @dataclass(slots=True)
 class Mail:
     """Everything that came in since the loop last looked."""
 
-    submitted: list[tuple[str, EngineRequest]] = field(default_factory=list)  # (driver, request)
+    submitted: list[Submitted] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)  # request ids
+    calls: list[Callable[[], None]] = field(default_factory=list)  # to be made by the loop
 
     def __bool__(self) -> bool:
-        return bool(self.submitted or self.aborted)
+        return bool(self.submitted or self.aborted or self.calls)
 
 
 class Mailbox:
@@ -41,14 +52,21 @@ class Mailbox:
 
     def submit(self, driver: str, requests: list[EngineRequest]) -> None:
         """New requests of a driver."""
+        now = time.perf_counter()
         with self._changed:
-            self._mail.submitted.extend((driver, request) for request in requests)
+            self._mail.submitted.extend(Submitted(driver, request, now) for request in requests)
             self._changed.notify_all()
 
     def abort(self, request_ids: list[str]) -> None:
         """End these requests, wherever they are."""
         with self._changed:
             self._mail.aborted.extend(request_ids)
+            self._changed.notify_all()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the step loop call a function between two steps."""
+        with self._changed:
+            self._mail.calls.append(function)
             self._changed.notify_all()
 
     def wake(self, generation: int, step: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from moe_runtime.request import EngineRequest, OutputDelta, SamplingParams
+from moe_runtime.request import EngineRequest, OutputDelta, SamplingParams, StructuredOutputsParams
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -26,11 +26,18 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
                     **fields,
                     "prompt_token_ids": tuple(fields["prompt_token_ids"]),
                     "eos_token_ids": tuple(fields["eos_token_ids"]),
-                    "params": SamplingParams(**fields["params"]),
+                    "params": _sampling_params(fields["params"]),
                 }
             )
             for fields in self.requests
         ]
+
+
+def _sampling_params(fields: dict[str, Any]) -> SamplingParams:
+    structured = fields["structured_outputs"]
+    if structured is None:
+        return SamplingParams(**fields)
+    return SamplingParams(**{**fields, "structured_outputs": StructuredOutputsParams(**structured)})
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -11,14 +11,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moe_models.interfaces import TensorLoad, WeightMap
+from moe_models.interfaces import TensorLoad, WeightMap, scale_parameters
 from moe_runtime.errors import CheckpointError
 from moe_runtime.weights.index import DTYPE_BYTES, CheckpointIndex, TensorEntry
+from moe_runtime.weights.quantized import (
+    FLOAT8,
+    Index,
+    scale_faults,
+    scale_index,
+    scale_name,
+)
 
 ACCEPTED_DTYPES = ("F32", "F16", "BF16")
 _NAMES_SHOWN = 8
-
-Index = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,8 @@ class PlannedRead:
 
     load: TensorLoad
     offset: int  # byte offset in the file of the slice's first element
-    num_bytes: int
+    num_bytes: int  # of the slice and of its scales
+    scale: str | None  # tensor with the scales of a float8 source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +55,7 @@ class LoadPlan:
 
     reads: Mapping[Path, tuple[PlannedRead, ...]]  # by file, in the order of offsets
     total_bytes: int
+    scale_files: Mapping[Path, tuple[str, ...]]  # tensors with scales, by file, wherever their weights lie
 
 
 def plan_load(model: nn.Module, weight_map: WeightMap, index: CheckpointIndex) -> LoadPlan:
@@ -59,11 +66,16 @@ def plan_load(model: nn.Module, weight_map: WeightMap, index: CheckpointIndex) -
     """
     check_tensors(weight_map, index, type(model).__name__)
     check_coverage(model, weight_map, index)
+    check_float8(model, weight_map, index)
     by_file: dict[Path, list[PlannedRead]] = defaultdict(list)
     for load in weight_map.loads:
-        by_file[index[load.source].file].append(_planned_read(load, index[load.source]))
+        by_file[index[load.source].file].append(_planned_read(load, index))
     reads = {file: tuple(sorted(by_file[file], key=lambda read: read.offset)) for file in sorted(by_file)}
-    return LoadPlan(reads=reads, total_bytes=sum(r.num_bytes for file in reads.values() for r in file))
+    return LoadPlan(
+        reads=reads,
+        total_bytes=sum(r.num_bytes for file in reads.values() for r in file),
+        scale_files=_scale_files(reads, index),
+    )
 
 
 def check_tensors(weight_map: WeightMap, index: CheckpointIndex, model_name: str) -> None:
@@ -71,10 +83,13 @@ def check_tensors(weight_map: WeightMap, index: CheckpointIndex, model_name: str
     expected = weight_map.expected
     ignored = [re.compile(pattern) for pattern in weight_map.ignored]
     present = [name for name in expected if name in index]
+    scales = {scale_name(name) for name in present if index[name].dtype == FLOAT8}
     problems = {
         "missing": [name for name in expected if name not in index],
         "left over": [
-            name for name in index if name not in expected and not any(p.fullmatch(name) for p in ignored)
+            name
+            for name in index
+            if name not in expected and name not in scales and not any(p.fullmatch(name) for p in ignored)
         ],
         "of the wrong shape": [
             f"{name} is {list(index[name].shape)}, wanted {list(expected[name])}"
@@ -84,8 +99,9 @@ def check_tensors(weight_map: WeightMap, index: CheckpointIndex, model_name: str
         "of the wrong dtype": [
             f"{name} is {index[name].dtype}, wanted one of {', '.join(ACCEPTED_DTYPES)}"
             for name in present
-            if index[name].dtype not in ACCEPTED_DTYPES
+            if index[name].dtype not in ACCEPTED_DTYPES and index[name].dtype != FLOAT8
         ],
+        "without usable scales": scale_faults(index, present),
     }
     parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if parts:
@@ -112,9 +128,26 @@ def check_coverage(model: nn.Module, weight_map: WeightMap, index: CheckpointInd
             read = (load.source_rows.numel(), *read[1:])
         assert read == wanted, f"{load.source} gives {read} where {load.target} takes {wanted}"
         boxes[id(parameter)].append(box)
-    for name, parameter in parameters.items():
+    # Scales are filled with their weights.
+    for name in set(parameters) - scale_parameters(model):
+        parameter = parameters[name]
         fault = _tiling_fault(boxes[id(parameter)], tuple(parameter.shape))
         assert fault is None, f"the weight map {fault} of the parameter {name}"
+
+
+def check_float8(model: nn.Module, weight_map: WeightMap, index: CheckpointIndex) -> None:
+    """Raise CheckpointError where a parameter is kept in float8 and the checkpoint's tensor is not."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    plain = [
+        load.source
+        for load in weight_map.loads
+        if parameters[load.target].dtype == torch.float8_e4m3fn and index[load.source].dtype != FLOAT8
+    ]
+    if plain:
+        raise CheckpointError(
+            f"config.json says that the experts are fp8, and {len(plain)} of their tensors are not ({_some(plain)}); "
+            f"experts that are partly fp8 are supported on CPUs alone (device='cpu')"
+        )
 
 
 def extents(index: Index, shape: tuple[int, ...]) -> tuple[Extent, ...]:
@@ -140,16 +173,34 @@ def kept_shape(box: tuple[Extent, ...]) -> tuple[int, ...]:
     return tuple(extent.size for extent in box if extent.kept)
 
 
-def _planned_read(load: TensorLoad, entry: TensorEntry) -> PlannedRead:
+def _planned_read(load: TensorLoad, index: CheckpointIndex) -> PlannedRead:
+    entry, scale, scale_bytes = index[load.source], None, 0
+    if entry.dtype == FLOAT8:
+        scale = scale_name(load.source)
+        scale_bytes = _slice_place(scale_index(load.source_index, entry), index[scale])[1]
+    offset, num_bytes = _slice_place(load.source_index, entry)
+    return PlannedRead(load=load, offset=offset, num_bytes=num_bytes + scale_bytes, scale=scale)
+
+
+def _scale_files(
+    reads: Mapping[Path, tuple[PlannedRead, ...]], index: CheckpointIndex
+) -> dict[Path, tuple[str, ...]]:
+    names = {read.scale: None for file in reads.values() for read in file if read.scale is not None}
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name in names:
+        by_file[index[name].file].append(name)
+    return {file: tuple(found) for file, found in by_file.items()}
+
+
+def _slice_place(index: Index, entry: TensorEntry) -> tuple[int, int]:
+    """(byte offset in the file of the slice's first element, bytes of the slice)."""
     itemsize = DTYPE_BYTES[entry.dtype]
     offset, stride, elements = 0, 1, 1
-    for extent, size in reversed(
-        list(zip(extents(load.source_index, entry.shape), entry.shape, strict=True))
-    ):
+    for extent, size in reversed(list(zip(extents(index, entry.shape), entry.shape, strict=True))):
         offset += extent.start * stride
         stride *= size
         elements *= extent.size
-    return PlannedRead(load=load, offset=entry.start + offset * itemsize, num_bytes=elements * itemsize)
+    return entry.start + offset * itemsize, elements * itemsize
 
 
 def _tiling_fault(boxes: list[tuple[Extent, ...]], shape: tuple[int, ...]) -> str | None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ import pytest
 
 from moe_runtime import AsyncLLM, RequestOutput, SamplingParams
 from moe_runtime.errors import ConfigError, EngineDeadError, PromptError, QueueFullError, RankFailedError
+from moe_runtime.metrics.deployment_metrics import DeploymentMetrics
+from moe_runtime.observer import NoObserver
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -156,6 +159,48 @@ def test_parked_ranks_take_next_to_no_cpu_and_wake_at_once(
     assert max(used) < 0.1, f"parked ranks used {used} s of CPU in 2 s"
     assert [stats.loop["steps"] for stats in _run(loop, llm.stats())] == steps
     assert _run(loop, _last(llm, [1], _greedy(2))).finished
+
+
+def test_metrics_count_what_real_ranks_did(llm: AsyncLLM, loop: asyncio.AbstractEventLoop) -> None:
+    metrics = DeploymentMetrics.of(llm.deployment, model_name="demo")
+
+    def values() -> dict[str, float]:
+        """Every series summed over its labels."""
+        found: Counter[str] = Counter()
+        for family in metrics.registry.collect():
+            for sample in family.samples:
+                found[sample.name.removeprefix("moe_runtime:")] += sample.value
+        return found
+
+    async def run() -> list[RequestOutput]:
+        return await asyncio.gather(*(_last(llm, [i + 1, 3, 5], _greedy(6)) for i in range(4)))
+
+    _run(loop, _idle(llm))
+    before = values()
+    llm.observe(metrics.observer)
+    outputs = _run(loop, run())
+    llm.observe(NoObserver())
+    _run(loop, _idle(llm))
+    metrics._sampler._asked_at = None  # not so soon again, but for this
+    grown = {name: value - before[name] for name, value in values().items()}
+
+    assert grown["generation_tokens_total"] == grown["request_generation_tokens_sum"] == 24
+    assert grown["request_success_total"] == grown["time_to_first_token_seconds_count"] == 4
+    assert grown["inter_token_latency_seconds_count"] == 20
+    model = llm.deployment.plan.info
+    assert (
+        grown["expert_tokens_total"]
+        == len(model.moe_layers) * model.num_experts_per_tok * grown["iteration_tokens_total_sum"]
+    )
+    assert 0 < grown["request_queue_time_seconds_sum"] < grown["e2e_request_latency_seconds_sum"]
+    for stats in _run(loop, llm.stats()):
+        assert all(seconds > 0 for seconds in stats.step_parts.values())
+    assert sum(map(sum, metrics.load_snapshot()["tokens"])) == grown["expert_tokens_total"]
+    for output in outputs:
+        times = output.metrics
+        assert times is not None
+        assert times.arrival_time < times.first_token_time < times.finished_time  # type: ignore[operator]
+        assert times.time_in_queue is not None
 
 
 def test_bursts_of_requests_leave_nothing_behind(llm: AsyncLLM, loop: asyncio.AbstractEventLoop) -> None:

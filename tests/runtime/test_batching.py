@@ -36,6 +36,16 @@ def check(batch: ForwardBatch, step: ScheduledStep) -> None:
         for e, span in zip(entries, spans, strict=True)
         for p in span
     ]
+    for name in (
+        "token_ids_T",
+        "positions_T",
+        "kv_slots_T",
+        "state_slots_B",
+        "context_lens_B",
+        "block_tables_BM",
+    ):
+        part = getattr(batch, name)
+        assert part.storage_offset() * part.itemsize % 16 == 0, f"{name}: kernels would be compiled anew"
     width = max((-(-end // BLOCK) for end in ends), default=0)
     assert batch.block_tables_BM.shape == (len(entries), width)
     for row, e, end in zip(batch.block_tables_BM.tolist(), entries, ends, strict=True):

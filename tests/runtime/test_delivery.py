@@ -35,7 +35,7 @@ def _run(
         request = EngineRequest(
             request_id=f"request-{name}", sample_index=0, prompt_token_ids=(5, 6), params=wanted, seed=0
         )
-        delivery.open(scheduler.add(request), name)
+        delivery.open(scheduler.add(request), name, 0.0)
     found: dict[str, list[OutputDelta]] = {name: [] for name in params}
     for token_id in token_ids:
         step = scheduler.schedule()
@@ -67,21 +67,23 @@ def test_a_step_goes_in_columns_but_for_sequences_with_more_to_say(tokenizer: To
     for name, params in (
         ("plain", SamplingParams(max_tokens=9)),
         ("stops", SamplingParams(max_tokens=9, stop=["never there"])),
-        ("ends", SamplingParams(max_tokens=1)),
+        ("ends", SamplingParams(max_tokens=2)),
     ):
         request = EngineRequest(
             request_id=name, sample_index=0, prompt_token_ids=(5, 6), params=params, seed=0
         )
-        delivery.open(scheduler.add(request), "driver")
-    step = scheduler.schedule()
-    scheduler.update(step, [70, 71, 72])
-    delivery.take(scheduler, step, StepResult([70, 71, 72], [None] * 3, {}))
+        delivery.open(scheduler.add(request), "driver", 0.0)
+    for sampled in ([70, 71, 72], [73, 74, 75]):
+        delivery.drain()
+        step = scheduler.schedule()
+        scheduler.update(step, sampled)
+        delivery.take(scheduler, step, StepResult(sampled, [None] * 3, {}))
     message = delivery.drain()["driver"]
 
-    assert (message.tokens.request_ids, message.tokens.token_ids) == (["plain"], [70])
+    assert (message.tokens.request_ids, message.tokens.token_ids) == (["plain"], [73])
     assert [(d.request_id, d.new_token_ids, d.finish_reason) for d in message.deltas] == [
-        ("stops", (71,), None),
-        ("ends", (72,), "length"),
+        ("stops", (74,), None),
+        ("ends", (75,), "length"),
     ]
     assert delivery.drain() == {}
 
@@ -91,8 +93,79 @@ def test_a_request_that_is_aborted_ends_with_what_came_before(tokenizer: Tokeniz
     request = EngineRequest(
         request_id="r", sample_index=0, prompt_token_ids=(5,), params=SamplingParams(), seed=0
     )
-    delivery.open(scheduler.add(request), "driver")
+    delivery.open(scheduler.add(request), "driver", 0.0)
     for sequence in scheduler.abort("r"):
         delivery.end(sequence)
     message = delivery.drain()["driver"]
     assert [(d.request_id, d.new_token_ids, d.finish_reason) for d in message.all()] == [("r", (), "abort")]
+    assert [d.num_cached_tokens for d in message.all()] == [None]
+
+
+def test_the_first_piece_tells_the_time_in_the_queue_and_what_was_cached_and_no_other_does(
+    tokenizer: Tokenizer,
+) -> None:
+    scheduler, delivery = _scheduler(), Delivery(tokenizer)
+    request = EngineRequest(
+        request_id="r", sample_index=0, prompt_token_ids=(5,), params=SamplingParams(max_tokens=3), seed=0
+    )
+    sequence = scheduler.add(request)
+    delivery.open(sequence, "driver", 10.0)
+    told = []
+    for now in (12.5, 20.0, 30.0):
+        step = scheduler.schedule()
+        sequence.num_cached_tokens = 7  # of a replayed one: some of its output was found too
+        delivery.begin(step.chunks, now)
+        scheduler.update(step, [70])
+        delivery.take(scheduler, step, StepResult([70], [None], {}))
+        told += [(d.time_in_queue, d.num_cached_tokens) for d in delivery.drain()["driver"].all()]
+    assert told == [(2.5, 1), (None, None), (None, None)]
+
+
+def _add(scheduler: Scheduler, delivery: Delivery, name: str, interval: int, max_tokens: int) -> None:
+    request = EngineRequest(
+        request_id=name,
+        sample_index=0,
+        prompt_token_ids=(5, 6),
+        params=SamplingParams(max_tokens=max_tokens),
+        seed=0,
+        stream_interval=interval,
+    )
+    delivery.open(scheduler.add(request), "driver", 0.0)
+
+
+def _step(scheduler: Scheduler, delivery: Delivery, token_id: int) -> dict[str, tuple[int, ...]]:
+    """A step in which every sequence gets this token; the tokens that are delivered then, by request."""
+    step = scheduler.schedule()
+    sampled = [token_id] * len(step.sampled)
+    scheduler.update(step, sampled)
+    delivery.take(scheduler, step, StepResult(sampled, [None] * len(sampled), {}))
+    return {
+        delta.request_id: delta.new_token_ids
+        for message in delivery.drain().values()
+        for delta in message.all()
+    }
+
+
+def test_with_an_interval_tokens_come_together_after_the_first(tokenizer: Tokenizer) -> None:
+    scheduler, delivery = _scheduler(), Delivery(tokenizer)
+    _add(scheduler, delivery, "a", 4, 10)
+    found = [_step(scheduler, delivery, 70 + i).get("a") for i in range(10)]
+    assert found == [(70,), None, None, None, (71, 72, 73, 74), None, None, None, (75, 76, 77, 78), (79,)]
+
+
+def test_what_waits_goes_along_with_any_message_to_its_driver(tokenizer: Tokenizer) -> None:
+    scheduler, delivery = _scheduler(), Delivery(tokenizer)
+    _add(scheduler, delivery, "a", 16, 9)
+    found = [_step(scheduler, delivery, 70 + i) for i in range(3)]
+    _add(scheduler, delivery, "b", 16, 4)
+    found += [_step(scheduler, delivery, 80 + i) for i in range(6)]
+    assert found[:3] == [{"a": (70,)}, {}, {}]
+    assert found[3:] == [
+        {"a": (71, 72, 80), "b": (80,)},
+        {},
+        {},
+        {"a": (81, 82, 83), "b": (81, 82, 83)},  # b has ended
+        {},
+        {"a": (84, 85)},
+    ]
+    assert not delivery.drain()

@@ -14,6 +14,7 @@ from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.dispatch import ExpertLoad, make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups
+from moe_runtime.parallel.packing import TokenPacking
 
 CPU = torch.device("cpu")
 NUM_EXPERTS = 7  # divides by none of the rank counts
@@ -84,6 +85,7 @@ def _check_steps(kind: str, groups: ProcessGroups) -> None:
                 ids = _tokens_or_none(100 * step + r, count, dtype)[1]
                 chosen += ids.reshape(-1).bincount(minlength=NUM_EXPERTS)
             x, ids, weights = _tokens_or_none(100 * step + rank, counts[rank], dtype)
+            before = dataclasses.astuple(dispatchers.traffic)
             dispatcher = load.watch(dispatchers.for_step(counts))
             sent = dispatcher.dispatch(x, ids, weights)
             y = torch.zeros_like(sent.x_GH, dtype=torch.float32)
@@ -94,6 +96,10 @@ def _check_steps(kind: str, groups: ProcessGroups) -> None:
                         _expert(sent.x_GH[here].float(), expert) * sent.weights_GK[here, k, None].float()
                     )
             out = dispatcher.combine(y.to(dtype), sent)
+            after = dataclasses.astuple(dispatchers.traffic)
+            ids_of_ranks = [_tokens_or_none(100 * step + r, n, dtype)[1] for r, n in enumerate(counts)]
+            expected = _sent_bytes(kind, placement, rank, ids_of_ranks, dtype)
+            assert (after[0] - before[0], after[1] - before[1]) == expected, (kind, dtype, step)
             assert out.shape == x.shape
             assert out.dtype == dtype
             torch.testing.assert_close(
@@ -104,6 +110,29 @@ def _check_steps(kind: str, groups: ProcessGroups) -> None:
                 msg=lambda text: f"{kind}, {dtype}, step {step}: {text}",  # noqa: B023 - called at once
             )
         assert load.tokens_per_expert()[0].tolist() == chosen[list(local_experts)].tolist()
+
+
+def _sent_bytes(
+    kind: str, placement: ExpertPlacement, rank: int, ids_of_ranks: list[torch.Tensor], dtype: torch.dtype
+) -> tuple[int, int]:
+    """What this rank must have sent by dispatch and by combine."""
+    others = [r for r in range(placement.num_ranks) if r != rank]
+    row_bytes = HIDDEN * dtype.itemsize
+    packed_bytes = TokenPacking(HIDDEN, TOP_K, dtype).row_bytes
+    most = max(map(len, ids_of_ranks))
+    rank_of = placement.rank_of_expert()
+
+    def num_meetings(tokens_of: int, experts_of: int) -> int:
+        """Tokens of one rank that chose an expert of another."""
+        return sum(experts_of in {rank_of[e] for e in row} for row in ids_of_ranks[tokens_of].tolist())
+
+    returned = sum(num_meetings(other, rank) for other in others) * row_bytes
+    if kind == "all_gather":
+        return len(others) * most * packed_bytes, len(others) * most * row_bytes
+    if kind == "all_to_all":
+        counts_bytes = len(others) * 8
+        return sum(num_meetings(rank, other) for other in others) * packed_bytes + counts_bytes, returned
+    return len(ids_of_ranks[rank]) * (row_bytes + TOP_K * (4 + dtype.itemsize)), returned
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

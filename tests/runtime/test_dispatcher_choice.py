@@ -32,6 +32,7 @@ def _await_no_holder_among(pids: set[int]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow  # test_dispatch.py has them without ranks
 def test_every_dispatcher_gives_the_same_tokens() -> None:
     tokens = {}
     for kind in ("auto", "all_gather", "all_to_all"):

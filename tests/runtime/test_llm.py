@@ -140,6 +140,16 @@ def test_streamed_pieces_add_up_to_the_whole(llm: LLM) -> None:
     assert pieces[-1].finish_reason == "length"
 
 
+def test_streams_of_several_prompts_come_mixed_and_whole(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompts = ["The experts", "Once there was", "a"]
+    whole = llm.generate(prompts, params, use_tqdm=False)
+    tokens: dict[str, list[int]] = {}
+    for piece in llm.stream(prompts, params):
+        tokens.setdefault(piece.request_id, []).extend(piece.new_token_ids)
+    assert sorted(tokens.values()) == sorted(list(output.outputs[0].token_ids) for output in whole)
+
+
 def test_a_stream_that_is_left_half_way_leaves_the_deployment_usable(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=5000, ignore_eos=True)
     for _ in llm.stream("The experts", params):
@@ -158,7 +168,7 @@ def test_ranks_report_what_they_are(llm: LLM) -> None:
     ("prompt", "words"),
     [
         ("", "the prompt is empty"),
-        ([1, 5000], "outside the vocabulary of 1024"),
+        ([1, 5000], "outside the vocabulary of 4096"),
         ([1] * 9000, "has 9000 tokens"),
     ],
 )

@@ -31,11 +31,16 @@ PROMPT_LENGTHS = (1, 5, 63, 64, 70, 17)
 CASES = [
     ("base", 1, "auto"),
     ("equal_heads_odd_experts", 2, "shared_memory"),
-    ("equal_heads_odd_experts", 3, "all_to_all"),
-    ("equal_heads_odd_experts", 4, "auto"),
-    ("tied_no_renorm", 3, "all_gather"),
     ("dense_layers", 2, "all_to_all"),
     ("mixed_layer_types", 4, "auto"),
+    *[
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("equal_heads_odd_experts", 3, "all_to_all"),
+            ("equal_heads_odd_experts", 4, "auto"),
+            ("tied_no_renorm", 3, "all_gather"),
+        )
+    ],
 ]
 
 
@@ -73,7 +78,8 @@ def test_float32_logprobs_and_greedy_tokens_are_those_of_transformers(
     make_variant(tmp_path, variant, seed=11)
     vocab_size = VARIANTS[variant].get("vocab_size", BASE["vocab_size"])
     prompts = _prompts(vocab_size)
-    model = load_reference(tmp_path)
+    # In float64: in float32 its own error is larger than ours, and the sum of both says nothing about either.
+    model = load_reference(tmp_path, torch.float64)
     # 100 tokens a step: the long prompts are computed in chunks beside the decodes of the short ones.
     with LLM(
         tmp_path,
@@ -92,13 +98,16 @@ def test_float32_logprobs_and_greedy_tokens_are_those_of_transformers(
     assert all(sum(map(sum, layers)) > 0 for layers in load)
 
 
+@pytest.mark.slow  # test_qwen3_next.py reads them without ranks
 @pytest.mark.parametrize("rewrite", [to_fused_layout, to_shards])
 def test_other_layouts_of_the_checkpoint_give_the_same(rewrite: Any, tmp_path: Path) -> None:
     make_variant(tmp_path / "saved", "base", seed=3)
     rewrite(tmp_path / "saved", tmp_path / "rewritten")
     with LLM(tmp_path / "rewritten", expert_parallel_size=2, use_tqdm=False) as llm:
         outputs = _generate(llm, _prompts(BASE["vocab_size"])[:3])
-    _check_against_transformers(outputs, load_reference(tmp_path / "saved"), BASE["vocab_size"])
+    _check_against_transformers(
+        outputs, load_reference(tmp_path / "saved", torch.float64), BASE["vocab_size"]
+    )
 
 
 def test_bfloat16_stays_within_the_spread_of_transformers_itself(tmp_path: Path) -> None:

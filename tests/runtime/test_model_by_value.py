@@ -28,12 +28,13 @@ with LLM(model_class=Backwards, expert_parallel_size=2, dtype="float32", use_tqd
 with LLM(dtype="float32", use_tqdm=False) as llm:
     (plain,) = llm.generate("hello", params, use_tqdm=False)
 ranks = {token: found.rank for token, found in plain.outputs[0].logprobs[0].items()}
-assert ranks[backwards.outputs[0].token_ids[0]] == len(ranks) == 1024
+assert ranks[backwards.outputs[0].token_ids[0]] == len(ranks) == 4096
 print("by value")
 '''
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_class_of_the_drivers_script_is_shipped_by_value(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(_SCRIPT)

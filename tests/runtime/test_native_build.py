@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moe_kernels.native import build
+from moe_kernels.native.build import NativeBuildError, Unit, cache_dir, compiled
 from moe_runtime.errors import ConfigError
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.parallel.capacity import StepCapacity
 from moe_runtime.parallel.dispatch import make_dispatchers
 from moe_runtime.parallel.groups import ProcessGroups
-from moe_runtime.parallel.native.build import NativeBuildError, cache_dir, compiled
 
 SOURCE = "int answer(void) { return %d; }\n"
 
@@ -31,25 +32,25 @@ def source(tmp_path: Path) -> Path:
 
 def test_callers_that_race_get_one_whole_library(source: Path) -> None:
     with ThreadPoolExecutor(max_workers=6) as pool:
-        libraries = set(pool.map(compiled, [source] * 6))
+        libraries = set(pool.map(compiled, ["answer"] * 6, [[Unit(source)]] * 6))
     assert len(libraries) == 1
     assert os.listdir(cache_dir()) == [libraries.pop().name]
 
 
 def test_a_library_is_compiled_once_and_again_when_its_source_changes(source: Path) -> None:
-    first = compiled(source)
+    first = compiled("answer", [Unit(source)])
     made_at = first.stat().st_mtime_ns
-    assert compiled(source) == first
+    assert compiled("answer", [Unit(source)]) == first
     assert first.stat().st_mtime_ns == made_at
     source.write_text(SOURCE % 43)
-    assert compiled(source) != first
+    assert compiled("answer", [Unit(source)]) != first
 
 
 def test_what_is_wrong_is_said(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.c"
     broken.write_text("int answer(void) { return }\n")
     with pytest.raises(NativeBuildError, match=r"cc failed with status 1: .*broken\.c"):
-        compiled(broken)
+        compiled("broken", [Unit(broken)])
     assert os.listdir(cache_dir()) == []
 
     blocked = tmp_path / "file"
@@ -57,16 +58,17 @@ def test_what_is_wrong_is_said(source: Path, tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setenv("MOE_RUNTIME_CACHE", str(blocked))
         with pytest.raises(NativeBuildError, match=r"cannot be written .*; set MOE_RUNTIME_CACHE"):
-            compiled(source)
+            compiled("answer", [Unit(source)])
 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NativeBuildError, match=r"no C compiler found \(looked for cc, gcc, clang\)"):
-        compiled(source)
+        compiled("answer", [Unit(source)])
 
 
 def _rank_without_compiler(rank: int, without: tuple[int, ...], folder: str) -> None:
     if rank in without:
         os.environ["PATH"] = folder
+    build.installed_name = lambda *_: "none"  # an installation may have been made where there was a compiler
     os.environ["MOE_RUNTIME_CACHE"] = f"{folder}/cache-{rank}"
     log = Path(folder, f"log-{rank}")
     logging.basicConfig(filename=log, level=logging.WARNING)

@@ -62,7 +62,7 @@ def _submitted(mailbox: Mailbox, count: int) -> dict[str, str]:
     driver_of: dict[str, str] = {}
 
     def arrived() -> bool:
-        driver_of.update({request.request_id: driver for driver, request in mailbox.take().submitted})
+        driver_of.update({request.request_id: driver for driver, request, _ in mailbox.take().submitted})
         return len(driver_of) >= count
 
     _until(arrived)

@@ -47,6 +47,7 @@ def test_defaults_are_those_of_vllm() -> None:
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
         "detokenize": True,
+        "structured_outputs": None,
     }
 
 

@@ -110,7 +110,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[
     return path, asyncio.run(one_by_one())
 
 
-@pytest.mark.parametrize("ep_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "ep_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_requests_together_give_what_each_gives_alone(
     ep_size: int, alone: tuple[str, list[RequestOutput]]
 ) -> None:

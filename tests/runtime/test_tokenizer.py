@@ -98,14 +98,14 @@ def test_encode_and_decode_as_transformers(
     assert demo.decode(ids, skip_special_tokens=False) == text
 
 
-@given(st.lists(st.integers(0, 1023), max_size=40), st.booleans())
+@given(st.lists(st.integers(0, 4095), max_size=40), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_decode_any_ids_as_transformers(demo: Tokenizer, oracle: Any, ids: list[int], skip: bool) -> None:
     assert demo.decode(ids, skip) == oracle.decode(ids, skip_special_tokens=skip)
 
 
 def test_facts_as_transformers(demo: Tokenizer, oracle: Any) -> None:
-    assert demo.vocab_size == len(oracle) == 1024
+    assert demo.vocab_size == len(oracle) == 4096
     assert demo.eos_token_id == oracle.eos_token_id == 2
     assert demo.bos_token_id is None
     assert oracle.bos_token_id is None
@@ -178,19 +178,19 @@ def test_truncation_and_padding_in_the_file_do_not_apply(tmp_path: Path, demo: T
 def test_tokens_that_only_the_config_knows_are_added(tmp_path: Path) -> None:
     shutil.copy(resolve_model(None).path / "tokenizer.json", tmp_path)
     added = {
-        "1025": {"content": "<tool>", "special": False, "normalized": False},
-        "1024": {"content": "<|extra|>", "special": True},
+        "4097": {"content": "<tool>", "special": False, "normalized": False},
+        "4096": {"content": "<|extra|>", "special": True},
         "2": {"content": "<|im_end|>", "special": True},
     }
     tokenizer = load_tokenizer(_files(tmp_path, {"added_tokens_decoder": added}))
     ids = tokenizer.encode("<|extra|><tool><|im_end|>")
-    assert ids == [1024, 1025, 2]
+    assert ids == [4096, 4097, 2]
     assert tokenizer.decode(ids) == "<tool>"
-    assert tokenizer.vocab_size == 1026
+    assert tokenizer.vocab_size == 4098
     with pytest.raises(
-        ConfigError, match=r"gives '<x>' the id 2000, but the next free id of the vocabulary is 1024"
+        ConfigError, match=r"gives '<x>' the id 5000, but the next free id of the vocabulary is 4096"
     ):
-        load_tokenizer(_files(tmp_path, {"added_tokens_decoder": {"2000": {"content": "<x>"}}}))
+        load_tokenizer(_files(tmp_path, {"added_tokens_decoder": {"5000": {"content": "<x>"}}}))
 
 
 def test_special_tokens_from_the_older_map(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_without_tokenizer_json_transformers_reads_the_rest(demo: Tokenizer, leg
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([*ids, 2]) == text
     assert tokenizer.decode([*ids, 2], skip_special_tokens=False) == f"{text}<|im_end|>"
-    assert tokenizer.vocab_size >= 1024
+    assert tokenizer.vocab_size >= 4096
     assert tokenizer.eos_token_id == 2
     assert tokenizer.token(demo.encode(" the")[0]) == " the"
     assert tokenizer.token(10**6) == ""

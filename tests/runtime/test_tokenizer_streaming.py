@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.modelfiles import resolve_model
@@ -82,7 +82,8 @@ def test_special_tokens_are_skipped_or_shown(demo: Tokenizer) -> None:
 # --------------------------------------------------------------------------- other tokenizers
 
 
-@given(st.text(alphabet="abcdehlorw, é日👍", max_size=30), st.text(alphabet="abc w", max_size=20))
+@given(st.text(alphabet="abcdehlorw, é日👍", max_size=30), st.text(alphabet="abc w日👍", max_size=20))
+@example("日👍éé", "")  # more bytes than the context's tokens, which must not begin inside of 日
 @settings(deadline=None)
 def test_sentencepiece_text_streams_whole(llama_like: Tokenizer, text: str, prompt: str) -> None:
     prompt_ids = llama_like.encode(prompt)

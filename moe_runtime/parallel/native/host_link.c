@@ -63,6 +63,8 @@ typedef struct {
     /* Where a call that returned WAITING stopped: */
     int32_t arrived;     /* it has arrived in the phase and waits for the others */
     int64_t chunk_start; /* of combine: first token of the chunk it was at */
+    int64_t waited_ns;   /* that this rank has waited for others in all */
+    int64_t sent[2];     /* bytes written for others: tokens by dispatch, partial sums by combine */
 } host_link;
 
 /* Set by Python, field by field in this order. */
@@ -122,11 +124,11 @@ static int left_before(const host_link *link, uint32_t phase) {
     return -1;
 }
 
-static int await_phase(host_link *link, uint32_t phase) {
+static int sleep_until(host_link *link, uint32_t phase) {
     control *shared = link->shared;
     word *done = &shared->done[phase & 1], *sleepers = &shared->sleepers[phase & 1];
     struct timespec slice = {link->slice_ns / 1000000000, link->slice_ns % 1000000000};
-    if (reached(done, phase) || spin(link, done, phase)) return DONE;
+    if (spin(link, done, phase)) return DONE;
     for (;;) {
         /* Counted before the last look, as the publisher looks at the count after publishing: one of the two sees
          * the other, or the futex sees that the word has changed. */
@@ -142,6 +144,14 @@ static int await_phase(host_link *link, uint32_t phase) {
         if (left) return PEER_LEFT;
         if (failed && error != EAGAIN) return WAITING; /* timed out, or a signal came */
     }
+}
+
+static int await_phase(host_link *link, uint32_t phase) {
+    if (reached(&link->shared->done[phase & 1], phase)) return DONE;
+    int64_t began = now_ns();
+    int state = sleep_until(link, phase);
+    link->waited_ns += now_ns() - began;
+    return state;
 }
 
 /* Enter the next phase; the rank may write for it once this returns DONE. */
@@ -186,6 +196,12 @@ host_link *moe_link_new(void *shared, int32_t rank, int32_t size, int64_t spin_n
 }
 
 void moe_link_free(host_link *link) { free(link); }
+
+/* Where the nanoseconds stand that this rank has waited for others; they grow while a call waits. */
+const int64_t *moe_waited_ns(const host_link *link) { return &link->waited_ns; }
+
+/* Where the two counts of bytes stand that this rank has written for others. */
+const int64_t *moe_sent_bytes(const host_link *link) { return link->sent; }
 
 /* Tell the others that this rank will take part no more. */
 void moe_leave(host_link *link) {
@@ -236,6 +252,7 @@ int moe_dispatch(host_link *link, const buffers *b, const step *s, const void *x
         }
         memcpy(b->x + first * x_row_bytes, x, (size_t)(count * x_row_bytes));
         memcpy(b->weights + first * weights_row_bytes, weights, (size_t)(count * weights_row_bytes));
+        link->sent[0] += count * (x_row_bytes + weights_row_bytes + b->top_k * (int64_t)sizeof *mine);
         arrive(link);
     } else if (!link->arrived)
         come_to_phase(link);
@@ -268,13 +285,14 @@ static char *parts_of(const host_link *link, const buffers *b, const chunk *c, i
     return c->half + (writer * link->size + reader) * b->chunk_tokens * c->row_bytes;
 }
 
-static void write_parts(const host_link *link, const buffers *b, const step *s, const chunk *c, const char *y) {
+static void write_parts(host_link *link, const buffers *b, const step *s, const chunk *c, const char *y) {
     for (int64_t r = 0; r < link->size; r++) {
         char *parts = parts_of(link, b, c, link->rank, r);
         for (int64_t t = c->start; r != link->rank && t < c->end && t < s->counts[r]; t++) {
             int64_t row = s->firsts[r] + t;
-            if (lives_here(b, b->ids + row * b->top_k))
-                memcpy(parts + (t - c->start) * c->row_bytes, y + row * c->row_bytes, (size_t)c->row_bytes);
+            if (!lives_here(b, b->ids + row * b->top_k)) continue;
+            memcpy(parts + (t - c->start) * c->row_bytes, y + row * c->row_bytes, (size_t)c->row_bytes);
+            link->sent[1] += c->row_bytes;
         }
     }
 }

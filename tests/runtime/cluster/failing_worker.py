@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe_runtime.rank_spec import StartUpStep
 from moe_runtime.worker import RankWorker
 
 FAILING_RANK = 1
@@ -12,7 +13,7 @@ FAILING_RANK = 1
 class FailingWorker(RankWorker):
     """Rank 1's third forward pass divides by zero."""
 
-    def load(self) -> Iterator[int]:
+    def load(self) -> Iterator[StartUpStep]:
         yield from super().load()
         if self._spec.rank == FAILING_RANK:
             run, steps = self._runner.run, iter(range(2, -1, -1))

@@ -17,6 +17,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCENARIOS = Path(__file__).parent / "scenarios"
+# The packages of this checkout, wherever an editable install has its own from.
+_PYTHONPATH = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "kernels", REPOSITORY / "models")))
 # Inherited by every process that a program starts, whoever its parent is by then.
 _MARK = "MOE_RUNTIME_TEST_PROGRAM"
 _SHARED_MEMORY = Path("/dev/shm")
@@ -36,7 +38,7 @@ class Program:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", *map(str, argv)],
                 cwd=REPOSITORY,
-                env={**os.environ, **(env or {}), name: value, "PYTHONPATH": str(REPOSITORY)},
+                env={**os.environ, **(env or {}), name: value, "PYTHONPATH": _PYTHONPATH},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -62,6 +64,12 @@ class Program:
         self._wait(lambda: words in self.stdout or self._process.poll() is not None, timeout_s, f"{words!r}")
         if words not in self.stdout:
             pytest.fail(f"the program ended before it wrote {words!r}\n{self._said()}")
+
+    def wait_until(self, what: str, holds: Callable[[], bool], timeout_s: float = 120) -> None:
+        """Wait until something holds while the program runs."""
+        self._wait(lambda: holds() or self._process.poll() is not None, timeout_s, what)
+        if not holds():
+            pytest.fail(f"the program ended before {what}\n{self._said()}")
 
     def interrupt(self) -> None:
         """Ctrl-C: the terminal signals the whole foreground group."""

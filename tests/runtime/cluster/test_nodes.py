@@ -16,8 +16,16 @@ from tests.runtime.cluster.scenarios import two_hosts
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_one_rank_a_node_gives_the_tokens_of_one_rank(tmp_path: Path) -> None:
     with running(tmp_path, [SCENARIOS / "two_nodes.py"]) as program:
+        program.succeed(timeout_s=180)
+        program.assert_left_nothing()
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_workers_that_join_late(tmp_path: Path) -> None:
+    with running(tmp_path, [SCENARIOS / "late_worker.py"]) as program:
         program.succeed(timeout_s=180)
         program.assert_left_nothing()
 

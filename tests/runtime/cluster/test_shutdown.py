@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -76,6 +77,33 @@ def test_a_killed_driver_leaves_nothing_of_its_own_ray(tmp_path: Path, moment: s
         program.signal(signal.SIGKILL)
         program.finish()
         program.assert_left_nothing(RAY_AGENTS_END_WITHIN_S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_batch_that_is_stopped_keeps_its_answers_and_leaves_nothing(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bodies = [
+        {"model": "demo", "prompt": "Hello", "ignore_eos": True, "max_tokens": length}
+        for length in (1, 8000, 8000)
+    ]
+    lines = [
+        {"custom_id": str(n), "method": "POST", "url": "/v1/completions", "body": body}
+        for n, body in enumerate(bodies)
+    ]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    files = ["-i", source, "-o", target, "--device", "cpu"]
+    with running(tmp_path, [SCENARIOS / "command.py", "run-batch", *files], OWN_RAY) as program:
+        program.wait_until("the first answer", lambda: target.exists() and target.read_text() != "")
+        program.signal(number)
+        assert program.finish() == status
+        summary = f"moe-runtime: 1 of 3 requests answered, 2 left: {target}\n"
+        assert program.stderr == summary + ("moe-runtime: interrupted\n" if number == signal.SIGINT else "")
+        program.assert_left_nothing()
+    (answer,) = map(json.loads, target.read_text().splitlines())
+    assert answer["custom_id"] == "0"
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -76,9 +76,11 @@ def test_flags_reach_the_inspection(calls: list[tuple[tuple[Any, ...], dict[str,
         "--no-cache",
         "--revision",
         "r",
+        "--quantization",
+        "int8",
     ]
     assert _run(*flags) == 0
-    expected = {"model_class": "m:C", "revision": "r", "use_cache": False}
+    expected = {"model_class": "m:C", "quantization": "int8", "revision": "r", "use_cache": False}
     assert calls == [(("some/model", 3, 7.0), expected)]
 
 

@@ -53,6 +53,26 @@ class TestThroughRay:
         assert info.tokenizer.eos_token_ids == (151_645,)
         assert info.inspection.peak_rss_bytes < 10**9
 
+    def test_bytes_are_those_of_the_quantised_weights(self, tmp_path: Path) -> None:
+        config = json.loads(QWEN3_NEXT_80B.read_text())
+        fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": fp8}))
+        whole, int8, on_gpus, on_cpus = (
+            inspect_model(QWEN3_NEXT_80B),
+            inspect_model(QWEN3_NEXT_80B, quantization="int8"),
+            inspect_model(tmp_path),
+            inspect_model(tmp_path, device="cpu"),
+        )
+        assert [i.quantization for i in (whole, int8, on_gpus, on_cpus)] == [None, "int8", "fp8", "fp8"]
+        assert all(i.parameters == whole.parameters for i in (int8, on_gpus, on_cpus))
+        experts = 48 * 512
+        # A byte a weight, and a float32 for each row: gate's and up's of 512, down's of 2048.
+        assert int8.parameter_bytes["expert"] == experts * (3 * 512 * 2048 + 4 * (2 * 512 + 2048))
+        # The same with a float32 for each block.
+        assert on_gpus.parameter_bytes["expert"] == experts * (3 * 512 * 2048 + 4 * 3 * 4 * 16)
+        assert on_gpus.parameter_bytes["attention"] == whole.parameter_bytes["attention"]
+        assert on_cpus.parameter_bytes == whole.parameter_bytes
+
     def test_answer_is_cached_for_the_next_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
         first = inspect_model(TINY, model_class="tiny_moe:TinyForCausalLM", runtime_env=_env(FIXTURES))
         monkeypatch.setattr("moe_runtime.inspection.remote.inspect_remotely", None)
@@ -103,6 +123,7 @@ class TestThroughRay:
             "config": {},
             "dtype": "float32",
             "quantization": None,
+            "kept_quantization": None,
         }
         task = ray.remote(run_inspection).options(num_cpus=0, max_retries=0, runtime_env=_env(tmp_path))
         reference = task.remote(request, 120.0)

@@ -33,6 +33,7 @@ def _inspect(
         "config": config or TINY_CONFIG,
         "dtype": dtype,
         "quantization": None,
+        "kept_quantization": None,
     }
     return run_inspection(request, timeout_s)
 

@@ -19,10 +19,11 @@ PROMPTS = ["The experts of this model", "a", "Once upon a time there was"]
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 
 
-def tokens(strategy: str, ranks: int, nodes: int) -> list[list[int]]:
+def tokens(strategy: str, ranks: int, nodes: int, timeout_s: float = 60) -> list[list[int]]:
     with LLM(
         expert_parallel_size=ranks,
         placement_strategy=strategy,
+        placement_timeout_s=timeout_s,
         device="cpu",
         dtype="float32",
         use_tqdm=False,
@@ -86,7 +87,7 @@ def main() -> None:
         with pytest.raises(
             PlacementError, match="needs a node with CPUs for each of 3 ranks, the cluster has 2"
         ):
-            tokens("STRICT_SPREAD", ranks=3, nodes=3)
+            tokens("STRICT_SPREAD", ranks=3, nodes=3, timeout_s=2)
         check_two_drivers(cluster.address, alone)
         left = {key: g["state"] for key, g in placement_group_table().items() if g["state"] != "REMOVED"}
         assert not left, f"placement groups left: {left}"

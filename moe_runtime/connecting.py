@@ -1,0 +1,157 @@
+"""Ray: joining the one that is there, or starting one, and leaving nothing behind when that is interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import psutil
+import ray
+from ray._private.services import get_ray_address_from_environment
+
+from moe_runtime.errors import ConfigError, RayStartError
+
+_NO_CLUSTER = (
+    "a named deployment outlives its driver, and there is no Ray cluster here that does; start one with "
+    "`ray start --head`, or set RAY_ADDRESS"
+)
+# A head that is alive accepts at once; one whose machine is gone would be waited for.
+_ANSWERS_WITHIN_S = 5.0
+
+
+def ensure_ray(*, must_outlive_us: bool = False) -> bool:
+    """Connect to the Ray that RAY_ADDRESS or the machine offers, else start one here.
+
+    Args:
+        must_outlive_us: a Ray started here would end with this process, so there must be one already.
+
+    Returns whether this call connected, in which case the caller owes `ray.shutdown()`.
+
+    Raises:
+        ConfigError: RAY_ADDRESS leads nowhere, or there is no Ray that would outlive this process.
+        RayStartError: Ray itself failed.
+    """
+    if ray.is_initialized():
+        return False
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        address = _find_cluster()
+        if address is None and must_outlive_us:
+            raise ConfigError(_NO_CLUSTER)
+        _init_ray(address or "local")
+    except ConnectionError as error:
+        # The address that an earlier Ray left behind leads nowhere, though something listens there now. An
+        # address that the user gave is not ours to overrule.
+        if os.environ.get("RAY_ADDRESS"):
+            raise _no_answer() from error
+        if must_outlive_us:
+            raise ConfigError(_NO_CLUSTER) from error
+        _init_ray("local")
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put a handler of its own there, which dumps its stack on SIGTERM.
+        signal.signal(signal.SIGTERM, handler if callable(handler) else _leave)
+    return True
+
+
+def _find_cluster() -> str | None:
+    """The address of a Ray to join; None where there is none, so that one has to be started here.
+
+    Raises:
+        ConfigError: nothing listens at RAY_ADDRESS.
+    """
+    address = get_ray_address_from_environment(None, None)
+    if address in (None, "local"):
+        return None
+    if _listens(address):
+        return str(address)
+    # Ray itself would wait for minutes for a head that was killed and has left its address in a file.
+    if os.environ.get("RAY_ADDRESS"):
+        raise _no_answer()
+    return None
+
+
+def _listens(address: str) -> bool:
+    """Whether anything accepts connections at host:port; True for what is no such address."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN_S).close()
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def _no_answer() -> ConfigError:
+    return ConfigError(
+        f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}; start one there with "
+        "`ray start --head`, or unset it"
+    )
+
+
+def _init_ray(address: str) -> None:
+    """`ray.init` that leaves nothing behind when it is interrupted.
+
+    Ray ends the servers that it has started by then, but not the agents that those have started, which need
+    a minute to notice.
+    """
+    # Ray would start the ranks at niceness 15, and anything else on the machine would take their cores.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    ours = psutil.Process()
+    before = ours.children(recursive=True)
+    try:
+        with _interrupts_wait():
+            ray.init(address=address, include_dashboard=False, logging_level="error")
+    except BaseException as error:
+        started = set(ours.children(recursive=True)).difference(before)
+        ray.shutdown()
+        for process in started:
+            with contextlib.suppress(psutil.Error):
+                if "ray" in " ".join(process.cmdline()):
+                    process.kill()
+        if isinstance(error, Exception) and not isinstance(error, ConnectionError):
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise RayStartError(
+                f"Ray did not start ({address}): {reason[:300]}; a machine that is busy takes longer than the 30 s "
+                "that Ray waits: try again, or start one with `ray start --head`"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Raise the KeyboardInterrupt of a first Ctrl-C at the end of the context; a second one at once.
+
+    An exception in the middle of `ray.init` crashes in Ray's native code now and then, and one in a process
+    that Ray has forked prints a trace.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came = False
+
+    def wait(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            raise KeyboardInterrupt
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """On SIGTERM: end as on an exception, so that ranks and Ray are ended too."""
+    sys.exit(128 + signum)

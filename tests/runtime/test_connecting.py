@@ -1,0 +1,127 @@
+"""Joining Ray: addresses that lead nowhere are noticed at once, and Ctrl-C waits until Ray can be ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from moe_runtime import connecting
+from moe_runtime.errors import ConfigError, RayStartError
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """Nothing listens there."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+def _left_behind(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connecting, "get_ray_address_from_environment", lambda *args: address)
+
+
+def test_an_address_that_a_killed_head_left_behind_is_no_cluster(
+    closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _left_behind(f"127.0.0.1:{closed_port}", monkeypatch)
+    assert connecting._find_cluster() is None
+
+
+def test_an_address_where_something_listens_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        _left_behind(address, monkeypatch)
+        assert connecting._find_cluster() == address
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"), [(None, None), ("local", None), ("ray://head:10001", "ray://head:10001")]
+)
+def test_what_is_no_host_and_port_is_left_to_ray(
+    found: str | None, wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _left_behind(found, monkeypatch)
+    assert connecting._find_cluster() == wanted
+
+
+def test_an_address_of_the_user_that_leads_nowhere_is_refused_at_once(
+    closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"127.0.0.1:{closed_port}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    began = time.monotonic()
+    with pytest.raises(
+        ConfigError, match=rf"no Ray cluster answers at RAY_ADDRESS='{address}'; start one there"
+    ):
+        connecting._find_cluster()
+    assert time.monotonic() - began < 2 * connecting._ANSWERS_WITHIN_S
+
+
+def test_what_ray_raises_while_it_starts_comes_out_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        raise Exception("The current node timed out during startup.\nmore")  # as Ray does, bare
+
+    ended: list[str] = []
+    monkeypatch.setattr(connecting.ray, "init", init)
+    # What began is ended; not in earnest, as other tests of this process may have a Ray.
+    monkeypatch.setattr(connecting.ray, "shutdown", lambda: ended.append("ray"))
+    with pytest.raises(
+        RayStartError, match=r"^Ray did not start \(local\): The current node timed out"
+    ) as raised:
+        connecting._init_ray("local")
+    assert "\n" not in str(raised.value)
+    assert ended == ["ray"]
+
+
+def _interrupted(times: int, then: Callable[[], None]) -> None:
+    """Get Ctrl-C so many times where interrupts wait, and go on."""
+    with connecting._interrupts_wait():
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        then()
+
+
+def _fail() -> None:
+    raise ConnectionError("the head is gone")
+
+
+def test_a_first_interrupt_waits_for_the_end_of_the_context() -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    reached: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(1, lambda: reached.append("the end"))
+    assert reached == ["the end"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_interrupt_is_not_lost_with_an_error() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(1, _fail)
+
+
+def test_a_second_interrupt_comes_at_once() -> None:
+    reached: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(2, lambda: reached.append("the end"))
+    assert reached == []
+
+
+def test_other_threads_leave_the_handler_alone() -> None:
+    seen = []
+
+    def enter() -> None:
+        with connecting._interrupts_wait():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
