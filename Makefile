@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
 EXPERT_PARALLEL_SIZE ?= 2
+# What installing compiles.
+NATIVE := $(wildcard kernels/moe_kernels/native/*.cpp kernels/moe_kernels/native/*.h moe_runtime/parallel/native/*.[ch])
 
 # Two targets asked for at once share the virtual environment.
 .NOTPARALLEL:
@@ -41,13 +43,13 @@ $(VENV)/.created:
 		$(PYTHON) -c '$(CHECK_PYTHON)' && echo "making $(VENV)" && $(PYTHON) -m venv --clear $(VENV); }
 	@touch $@
 
-$(VENV)/.run-installed: pyproject.toml | $(VENV)/.created
+$(VENV)/.run-installed: pyproject.toml setup.py $(NATIVE) | $(VENV)/.created
 	@echo "installing moe_runtime into $(VENV) (some minutes where torch and Ray have to be downloaded)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
 # What the tests need includes what running needs.
-$(VENV)/.test-installed: pyproject.toml | $(VENV)/.created
+$(VENV)/.test-installed: pyproject.toml setup.py $(NATIVE) | $(VENV)/.created
 	@echo "installing moe_runtime and its tests' needs into $(VENV) (some minutes where torch and Ray have to be downloaded)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $(VENV)/.run-installed $@

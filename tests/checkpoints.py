@@ -162,7 +162,7 @@ def reference_greedy(model: Any, token_ids: Sequence[int], num_tokens: int) -> l
 
 def to_fused_layout(source: str | Path, target: str | Path) -> None:
     """Copy a checkpoint with each layer's experts stacked: gate_up_proj [E, 2F, H], down_proj [E, H, F]."""
-    tensors = _read(source)
+    tensors = read_tensors(source)
     prefixes = sorted({name.split(".experts.")[0] for name in tensors if ".experts." in name})
     for prefix in prefixes:
         experts = range(1 + max(int(n.split(".")[5]) for n in tensors if n.startswith(f"{prefix}.experts.")))
@@ -173,12 +173,12 @@ def to_fused_layout(source: str | Path, target: str | Path) -> None:
         pairs = zip(parts["gate"], parts["up"], strict=True)
         tensors[f"{prefix}.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
         tensors[f"{prefix}.experts.down_proj"] = torch.stack(parts["down"])
-    _write(source, target, tensors, num_shards=1)
+    write_tensors(source, target, tensors, num_shards=1)
 
 
 def to_shards(source: str | Path, target: str | Path, num_shards: int = 3) -> None:
     """Copy a checkpoint into `num_shards` files with an index, as on the Hub."""
-    _write(source, target, _read(source), num_shards=num_shards)
+    write_tensors(source, target, read_tensors(source), num_shards=num_shards)
 
 
 def hub_style_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +192,8 @@ def hub_style_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**flat, "rope_scaling": None, "full_attention_interval": 4}
 
 
-def _read(source: str | Path) -> dict[str, torch.Tensor]:
+def read_tensors(source: str | Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by name."""
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
@@ -201,7 +202,10 @@ def _read(source: str | Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _write(source: str | Path, target: str | Path, tensors: dict[str, torch.Tensor], num_shards: int) -> None:
+def write_tensors(
+    source: str | Path, target: str | Path, tensors: dict[str, torch.Tensor], num_shards: int
+) -> None:
+    """Write a checkpoint of `tensors` with the other files of `source`; each name in turn into another shard."""
     from safetensors.torch import save_file
 
     target = Path(target)

@@ -18,12 +18,17 @@ LAYERS = [
     "moe_models",
     # plain data: what a user may ask for and get back, and every error
     "moe_runtime.errors",
-    "moe_runtime.config moe_runtime.sampling_params moe_runtime.modelfiles",
+    "moe_runtime.arguments",
+    "moe_runtime.structured_outputs",
+    "moe_runtime.config moe_runtime.sampling_params moe_runtime.modelfiles moe_runtime.quantization",
     "moe_runtime.request",
+    "moe_runtime.observer",
+    # OpenAI's API from the other side: a client of any server, files of requests
+    "moe_runtime.openai_client moe_runtime.batch_file",
     # sockets between drivers and ranks
     "moe_runtime.transport",
     # Ray itself: starting it, what the cluster has, placement groups
-    "moe_runtime.cluster",
+    "moe_runtime.connecting moe_runtime.cluster",
     # which class serves a model, and what it says of itself
     "moe_runtime.registry",
     "moe_runtime.inspection",
@@ -32,13 +37,16 @@ LAYERS = [
     "moe_runtime.weights",
     "moe_runtime.cache",
     "moe_runtime.experts",
+    "moe_runtime.timing",
     "moe_runtime.parallel",
     "moe_runtime.sampling",
+    "moe_runtime.grammar",
     # a rank: what runs in the next step, running it, and the actor around that
     "moe_runtime.scheduler",
     "moe_runtime.batching moe_runtime.runner",
     "moe_runtime.building moe_runtime.delivery moe_runtime.memory moe_runtime.profiling moe_runtime.rank_spec",
-    "moe_runtime.step_loop",
+    "moe_runtime.warmup",
+    "moe_runtime.step_loop moe_runtime.probe",
     "moe_runtime.worker",
     # the driver: all ranks at once, and what the user sees of them
     "moe_runtime.ranks moe_runtime.routing",
@@ -46,11 +54,15 @@ LAYERS = [
     "moe_runtime.engine",
     "moe_runtime.deployment",
     "moe_runtime.named",
+    "moe_runtime.status",
     "moe_runtime.outputs moe_runtime.progress",
     "moe_runtime.frontend",
+    "moe_runtime.metrics",
     # the faces
     "moe_runtime.llm moe_runtime.async_llm",
+    "moe_runtime.server",
     "moe_runtime.bench",
+    "moe_runtime.simulate",
     "moe_runtime.cli",
     "moe_runtime.__main__",
 ]
@@ -60,11 +72,16 @@ BANNED = {
     "moe_kernels": {"ray", "transformers"},
     "moe_models": {"ray", "transformers"},
     "moe_runtime.errors": {"ray", "torch"},
-    "moe_runtime.request": {"ray", "torch"},
+    "moe_runtime.request": {"ray", "torch", "xgrammar"},
+    "moe_runtime.grammar.checker": {"ray", "torch", "xgrammar"},
     "moe_runtime.scheduler": {"ray", "torch"},
     "moe_runtime.inspection": {"torch"},
     "moe_runtime.engine": {"torch"},
-    "moe_runtime.llm": {"torch"},
+    "moe_runtime.llm": {"torch", "xgrammar"},
+    "moe_runtime.server.parsers": {"fastapi", "pydantic", "ray", "torch"},
+    "moe_runtime.metrics": {"torch"},
+    "moe_runtime.simulate": {"matplotlib", "ray", "torch"},
+    "moe_runtime.bench.serving": {"ray", "torch"},
 }
 
 

@@ -40,7 +40,8 @@ class Tree:
         self._stand_in.write_text(STAND_IN)
         self._stand_in.chmod(0o755)
         shutil.copy(ROOT / "Makefile", directory)
-        (directory / "pyproject.toml").touch()
+        for name in ("pyproject.toml", "setup.py"):
+            (directory / name).touch()
 
     def make(self, *targets: str, breaks: str = "", minor: int = 11) -> tuple[list[str], str]:
         """What the stand-in was asked to do, questions left out, and what was said on stderr."""

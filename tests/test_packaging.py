@@ -22,7 +22,7 @@ FILES_OF_PACKAGES = f"[m.__file__ for m in map(__import__, {list(PACKAGES)})]"
 
 
 def _run(*command: str | Path, cwd: Path, **env: str) -> str:
-    """Output of a program that must succeed; PYTHONPATH and Ray's address are those in `env`, or none."""
+    """What a program that must succeed prints; PYTHONPATH and Ray's address are those in `env`, or none."""
     inherited = {name: v for name, v in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     process = subprocess.run(
         list(map(str, command)),
@@ -30,7 +30,7 @@ def _run(*command: str | Path, cwd: Path, **env: str) -> str:
         env={**inherited, **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
@@ -89,9 +89,35 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path, 
         f"moe_runtime/demo_checkpoint/{name}" for name in ("config.json", "model.safetensors")
     }
 
-    names = zipfile.ZipFile(wheel).namelist()
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
-    assert {name for name in names if ".dist-info/" not in name} == expected
+    libraries = {name for name in names if name.endswith(".so")}
+    assert names - libraries == expected
+    assert {name.partition("-")[0] for name in libraries} == {
+        "moe_kernels/native/cpu_kernels",
+        "moe_runtime/parallel/native/host_link",
+    }
+
+
+def test_the_installed_wheel_compiles_nothing(installed: Path, tmp_path: Path) -> None:
+    program = """
+from moe_kernels.native.library import native_library
+from moe_runtime.parallel.host_library import host_library
+print(native_library()._name)
+print(host_library()._name)
+"""
+    program = f"import os\nos.environ['MOE_RUNTIME_CACHE'] = {str(tmp_path / 'cache')!r}\n{program}"
+    for library in _run_installed(installed, program).split():
+        assert Path(library).is_relative_to(installed)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_wheel_is_built_where_there_is_no_compiler(checkout: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(checkout, tmp_path / "source")
+    build = "import setuptools.build_meta as b; b.build_wheel('..')"
+    _run(sys.executable, "-c", build, cwd=source, PATH=str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
 def test_the_wheel_declares_its_command_and_top_level_names(wheel: Path) -> None:
