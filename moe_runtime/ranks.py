@@ -93,6 +93,9 @@ class Ranks:
         log_level = logging.getLogger().getEffectiveLevel()
         self._actors = [
             actor.options(
+                # For whoever lists actors. Ray also registers an actor that has a name before this call returns:
+                # one that is killed before that has Ray write an error of its own to our standard error.
+                name=f"rank {rank} of {placement.group.id.hex()}",
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 max_restarts=0,
