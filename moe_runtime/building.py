@@ -59,7 +59,8 @@ def choose_kernels(
             kernel_shapes(facts, num_local, max_tokens, weights["experts"]),
             dtype,
             family=os.environ.get("MOE_RUNTIME_KERNELS", "auto"),
-            libraries=available_libraries(profile.kind),
+            # One warning speaks for all ranks of a node, which share its libraries.
+            libraries=available_libraries(profile.kind, warn=spec.index_on_node == 0),
         )
     except ValueError as error:
         raise ConfigError(f"{error}; change MOE_RUNTIME_KERNELS, dtype or quantization") from error

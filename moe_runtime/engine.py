@@ -73,7 +73,7 @@ class Engine:
             GroupName(name, files.name).encode(),
         )
         try:
-            specs = _rank_specs(slots, files, target, placement, dataclasses.replace(config, device=device))
+            specs = rank_specs(slots, files, target, placement, dataclasses.replace(config, device=device))
             self._ranks = Ranks(slots, device, worker, specs)
             self.connection = self._start(self._ranks, on_progress)
         except BaseException:  # Ctrl-C during start-up too: leave nothing behind
@@ -152,13 +152,14 @@ class Engine:
         return self._ranks
 
 
-def _rank_specs(
+def rank_specs(
     slots: Placement,
     files: ModelFiles,
     target: ModelTarget,
     placement: ExpertPlacement,
     config: EngineConfig,
 ) -> list[RankSpec]:
+    """What each rank of a deployment is told, in rank order."""
     nodes = [slot.node_id for slot in slots.slots]
     return [
         RankSpec(
@@ -169,6 +170,7 @@ def _rank_specs(
             target=target,
             placement=placement,
             ranks_on_node=nodes.count(node),
+            index_on_node=nodes[:rank].count(node),
         )
         for rank, node in enumerate(nodes)
     ]

@@ -21,6 +21,7 @@ class RankSpec:
     target: ModelTarget
     placement: ExpertPlacement
     ranks_on_node: int  # ranks that share this rank's node, itself included
+    index_on_node: int  # among these
 
 
 @dataclass(frozen=True, slots=True)

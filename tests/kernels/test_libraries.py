@@ -25,10 +25,19 @@ def test_a_cpu_without_compiled_kernels_warns_once(
     assert [(record.levelname, record.message) for record in caplog.records] == [
         (
             "WARNING",
-            "no compiled CPU kernels: no C++ compiler found (looked for c++, g++, clang++); this rank computes with "
-            "plain torch, much slower",
+            "no compiled CPU kernels: no C++ compiler found (looked for c++, g++, clang++); plain torch computes on "
+            "this node, much slower",
         )
     ]
+
+
+def test_a_rank_that_another_speaks_for_does_not_warn(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "native_library", _fails)
+    with caplog.at_level(logging.DEBUG):
+        assert available_libraries("cpu", warn=False) == frozenset()
+    assert not caplog.records
 
 
 def test_a_cpu_with_compiled_kernels_is_quiet(

@@ -147,7 +147,7 @@ def test_what_ranks_keep(method: str | None, device: str, size: int, formats: We
 @pytest.fixture(autouse=True)
 def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plans say of weights does not depend on what is compiled or installed."""
-    monkeypatch.setattr("moe_runtime.building.available_libraries", lambda kind: frozenset())
+    monkeypatch.setattr("moe_runtime.building.available_libraries", lambda kind, warn: frozenset())
 
 
 def _spec(config: EngineConfig, **model_config: object) -> RankSpec:
@@ -161,6 +161,7 @@ def _spec(config: EngineConfig, **model_config: object) -> RankSpec:
         target=resolve_target(files.config),
         placement=ExpertPlacement.contiguous(64, 4),
         ranks_on_node=4,
+        index_on_node=0,
     )
 
 
