@@ -9,7 +9,9 @@
 namespace {
 
 constexpr int64_t MAX_WIDTH = 16;       // W
-constexpr int64_t CHANNELS = 64;        // that one pass over a sequence takes
+constexpr int64_t CHANNELS = 128;       // that one pass over a sequence takes
+/* Tokens are too far apart for the core to fetch the next ones by itself. */
+constexpr int64_t TOKENS_AHEAD = 4;
 constexpr int64_t SERIAL_VALUES = 16384;
 
 template <class T>
@@ -68,6 +70,8 @@ inline void convolve(const Inputs<T> &in, const Block<T> &block, int64_t begin, 
         const T *rows[MAX_WIDTH];
         for (int64_t w = 0; w < in.width; w++) rows[w] = inputs_at(in, block, begin, token - in.width + 1 + w, first);
         T *out = in.out + token * in.num_channels + first;
+        for (int64_t c = 0; c < count; c += LINE / static_cast<int64_t>(sizeof(T)))
+            _mm_prefetch(rows[in.width - 1] + TOKENS_AHEAD * in.x_stride + c, _MM_HINT_T0);
         for (int64_t c = 0; c < count; c += WIDTH) {
             const int64_t lanes = count - c < WIDTH ? count - c : WIDTH;
             vec total = load_first(rows[0] + c, lanes) * load(block.taps + c);

@@ -202,17 +202,17 @@ void run(const Inputs<T> &in, float *states, const int64_t *slots, const int32_t
     });
 }
 
+/* decay = -exp(a_log) softplus(a + dt_bias), beta = sigmoid(b). */
 template <class T>
 void gates(const T *a, int64_t a_stride, const T *b, int64_t b_stride, const float *a_log, const float *dt_bias,
            int64_t num_tokens, int64_t num_heads, float *decay, T *beta) {
-    for (int64_t t = 0; t < num_tokens; t++) {
-        for (int64_t n = 0; n < num_heads; n++) {
-            const float x = as_float(a[t * a_stride + n]) + dt_bias[n];
-            // As torch's softplus: the identity above 20.
-            const float softplus = x > 20.0f ? x : __builtin_log1pf(__builtin_expf(x));
-            decay[t * num_heads + n] = -__builtin_expf(a_log[n]) * softplus;
-            const float gate = 1.0f / (1.0f + __builtin_expf(-as_float(b[t * b_stride + n])));
-            store_part(beta + t * num_heads + n, broadcast(gate), 1);
+    for (int64_t n = 0; n < num_heads; n += WIDTH) {
+        const int64_t count = num_heads - n < WIDTH ? num_heads - n : WIDTH;
+        const vec rate = zero() - exp(load_part(a_log + n, count)), bias = load_part(dt_bias + n, count);
+        for (int64_t t = 0; t < num_tokens; t++) {
+            const vec x = load_first(a + t * a_stride + n, count) + bias;
+            store_first(decay + t * num_heads + n, rate * softplus(x), count);
+            store_first(beta + t * num_heads + n, sigmoid(load_first(b + t * b_stride + n, count)), count);
         }
     }
 }

@@ -10,7 +10,6 @@
 
 namespace {
 
-constexpr int64_t LINE = 64;
 constexpr int64_t BURST = 4;  // steps between two rounds of prefetching
 /* Prefetched into the second level: a core has too few places for lines on their way to the first to keep memory busy. */
 constexpr auto INTO_CACHE = _MM_HINT_T1;

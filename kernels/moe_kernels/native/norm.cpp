@@ -15,14 +15,6 @@ struct Rows {
     int64_t at(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
 };
 
-/* What a value becomes when it is kept as a T. */
-inline vec rounded(vec x, const float *) { return x; }
-inline vec rounded(vec x, const bf16 *) {
-    bf16 kept[WIDTH];
-    store(kept, x);
-    return load(kept);
-}
-
 /* Call body(column, count) for each vector of `size` columns. */
 template <class Body>
 inline void for_vectors(int64_t size, const Body &body) {
@@ -66,8 +58,8 @@ void rms_norm_gated(const T *x, Rows x_rows, const T *gate, Rows gate_rows, cons
             T *to = out + r * size;
             const vec inverse = broadcast(inverse_rms(from, size, eps));
             for_vectors(size, [&](int64_t c, int64_t count) {
-                const vec normed = rounded(load_first(from + c, count) * inverse, x);
-                const vec scaled = rounded(normed * load_first(weight + c, count), x);
+                const vec normed = rounded<T>(load_first(from + c, count) * inverse);
+                const vec scaled = rounded<T>(normed * load_first(weight + c, count));
                 store_first(to + c, scaled * silu(load_first(by + c, count)), count);
             });
         }
@@ -82,7 +74,7 @@ void silu_and_mul(const T *x, int64_t stride, T *out, int64_t num_rows, int64_t 
             const T *gate = x + r * stride, *up = gate + size;
             T *to = out + r * size;
             for_vectors(size, [&](int64_t c, int64_t count) {
-                store_first(to + c, rounded(silu(load_first(gate + c, count)), x) * load_first(up + c, count), count);
+                store_first(to + c, rounded<T>(silu(load_first(gate + c, count))) * load_first(up + c, count), count);
             });
         }
     });

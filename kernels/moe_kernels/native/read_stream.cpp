@@ -4,7 +4,6 @@
 
 namespace {
 
-constexpr int64_t LINE = 64;
 
 /* XOR of the 64-bit words at `stride` bytes from each other in STREAMS equal runs of `bytes` / STREAMS. */
 template <int STREAMS>

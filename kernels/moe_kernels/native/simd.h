@@ -13,6 +13,8 @@
 
 namespace {
 
+constexpr int64_t LINE = 64;  // bytes of a cache line
+
 struct bf16 {
     uint16_t bits;
 };
@@ -54,7 +56,11 @@ inline vec load_part(const int8_t *p, int64_t count) {
     return widen_int8(_mm_maskz_loadu_epi8(first_lanes(count), p));
 }
 
-/* Rounded to nearest, ties to even, as torch does; any NaN becomes the one quiet NaN. */
+/* Rounded to nearest, ties to even, as torch does; any NaN stays one, and becomes quiet. */
+#ifdef __AVX512BF16__
+/* Denormal numbers, below 1.2e-38, become zero. */
+inline __m256i narrow(vec a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)); }
+#else
 inline __m256i narrow(vec a) {
     const __m512i bits = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -63,6 +69,7 @@ inline __m256i narrow(vec a) {
     const __m512i high = _mm512_srli_epi32(rounded, 16);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(high, is_nan, _mm512_set1_epi32(0x7fc0)));
 }
+#endif
 inline void store(float *p, vec a) { _mm512_storeu_ps(p, a); }
 inline void store(bf16 *p, vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), narrow(a)); }
 inline void store_part(float *p, vec a, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), a); }
@@ -134,6 +141,15 @@ inline void store_part(T *p, vec a, int64_t count) {
 
 #endif
 
+/* What a value becomes when it is kept as a T. */
+template <class T>
+inline vec rounded(vec a) {
+    if constexpr (sizeof(T) == sizeof(float))
+        return a;
+    else
+        return widen_bf16(narrow(a));
+}
+
 /* The first `count` lanes, at less cost if they are all: AVX2 has no fast loads and stores of a part. */
 template <class T>
 inline vec load_first(const T *p, int64_t count) {
@@ -144,10 +160,10 @@ inline void store_first(T *p, vec x, int64_t count) {
     count == WIDTH ? store(p, x) : store_part(p, x, count);
 }
 
-/* e^x within 2 units in the last place; 0 below -87.3 and 2^127.4 above 88.3 (no infinities, no denormal numbers). */
+/* e^x within 2 units in the last place; 0 below -87.3 and 2^127.4 above 88.3 (no infinities, no denormal numbers). NaN
+ * stays NaN: of two numbers one of which is NaN, min and max give the second. */
 inline vec exp(vec x) {
-    const vec low = broadcast(-87.3f);
-    const vec clamped = min(max(x, low), broadcast(88.3f));
+    const vec clamped = min(broadcast(88.3f), max(broadcast(-87.3f), x));
     // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, the first so short that n times it is exact.
     const vec n = round_to_even(clamped * broadcast(1.44269504f));
     vec r = fma(n, broadcast(-0.693359375f), clamped);
@@ -164,6 +180,20 @@ inline vec exp(vec x) {
 }
 
 inline vec sigmoid(vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exp(zero() - x)); }
+/* log(1 + e^x) = max(x, 0) + log(1 + y), y = e^-|x|; log(1 + y) = 2 artanh(z), z = y / (2 + y) <= 1/3. */
+inline vec softplus(vec x) {
+    const vec magnitude = max(x, zero() - x), y = exp(zero() - magnitude);
+    const vec z = y / (broadcast(2.0f) + y), square = z * z;
+    vec series = broadcast(2.0f / 15);  // the first term left out is below 2e-9 of the sum
+    series = fma(series, square, broadcast(2.0f / 13));
+    series = fma(series, square, broadcast(2.0f / 11));
+    series = fma(series, square, broadcast(2.0f / 9));
+    series = fma(series, square, broadcast(2.0f / 7));
+    series = fma(series, square, broadcast(2.0f / 5));
+    series = fma(series, square, broadcast(2.0f / 3));
+    series = fma(series, square, broadcast(2.0f));
+    return fma(series, z, max(zero(), x));
+}
 inline vec silu(vec x) { return x / (broadcast(1.0f) + exp(zero() - x)); }
 
 inline float as_float(float x) { return x; }
