@@ -15,6 +15,8 @@ class Peer:
         # no other system here does either.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # GiB. Else it wants 92% of the machine's memory to be free, where the other systems' weights are too.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
         import vllm
 
         chosen = {

@@ -73,6 +73,8 @@ class LLM:
             raise RuntimeError("the engine is in a process of its own")
         if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "nobind":
             raise RuntimeError("threads are bound to cores")
+        if not int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "0")):
+            raise RuntimeError("most of the machine's memory is not free")
 
     def generate(
         self,
