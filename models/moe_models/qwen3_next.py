@@ -29,6 +29,7 @@ from moe_models.interfaces import (
 )
 from moe_models.layers.attention import GatedAttention
 from moe_models.layers.embedding import Embedding
+from moe_models.layers.for_cache import ForCache
 from moe_models.layers.gated_delta_net import GatedDeltaNet
 from moe_models.layers.linear import Linear
 from moe_models.layers.moe import GatedMLP, SparseMoE
@@ -197,8 +198,7 @@ class Qwen3NextForCausalLM(CausalLM):
         self.config = parsed
         self.isa = plan.blocks.isa
         self._rotary = RotaryTable(parsed.rotary_dim, parsed.rope_theta)
-        self._decoder: blocks.DecoderBlock | None = None
-        self._decoder_caches: tuple[LayerCache, ...] | None = None  # what `_decoder` was made for
+        self._decoder: ForCache[tuple[LayerCache, ...], blocks.DecoderBlock | None] = ForCache()
         self.embed_tokens = Embedding(parsed.vocab_size, parsed.hidden_size, plan.linear)
         self.layers = nn.ModuleList(
             DecoderLayer(parsed, index, shard, plan) for index in range(parsed.num_hidden_layers)
@@ -226,7 +226,7 @@ class Qwen3NextForCausalLM(CausalLM):
                 cos_TR,
                 sin_TR,
             )
-            decoder = self._decoder_for(caches)
+            decoder = self._decoder.get(caches, lambda: self._make_decoder(caches))
             record = recorder_of(dispatcher)
             if decoder is not None and record is not None:
                 hidden_TH, ids_MTK = decoder(batch.token_ids_T, step)
@@ -237,21 +237,16 @@ class Qwen3NextForCausalLM(CausalLM):
             x_TH = layer(x_TH, cos_TR, sin_TR, batch, cache, dispatcher, step)
         return self.norm(x_TH)
 
-    def _decoder_for(self, caches: tuple[LayerCache, ...]) -> blocks.DecoderBlock | None:
-        """All but the head in one call, if each layer has experts that this can compute; made anew for other caches."""
-        if self._decoder_caches is not caches:
-            assert self.isa is not None, "only asked for where the plan has blocks"
-            found = [
-                layer.layer_blocks(cache) for layer, cache in zip(self._decoder_layers(), caches, strict=True)
-            ]
-            layers = [layer for layer in found if layer is not None]
-            self._decoder = None
-            if len(layers) == len(found):
-                self._decoder = blocks.DecoderBlock(
-                    self.embed_tokens.weight, layers, self.norm.weight, self.isa
-                )
-            self._decoder_caches = caches
-        return self._decoder
+    def _make_decoder(self, caches: tuple[LayerCache, ...]) -> blocks.DecoderBlock | None:
+        """All but the head in one call, if each layer has experts that this can compute."""
+        assert self.isa is not None, "only asked for where the plan has blocks"
+        found = [
+            layer.layer_blocks(cache) for layer, cache in zip(self._decoder_layers(), caches, strict=True)
+        ]
+        layers = [layer for layer in found if layer is not None]
+        if len(layers) < len(found):
+            return None
+        return blocks.DecoderBlock(self.embed_tokens.weight, layers, self.norm.weight, self.isa)
 
     def compute_logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens.logits(hidden_NH) if self.lm_head is None else self.lm_head(hidden_NH)

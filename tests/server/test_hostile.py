@@ -227,28 +227,21 @@ def test_a_bad_body_is_refused(run: Callable[..., None], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "text"),
+    "body",
     [
-        (
-            b'{"prompt": "a", "max_tokens": 1, "max_tokens": 2}',
-            2,
-        ),  # the last of equal keys counts, as in Python
-        (b'{"prompt": "\\u0000", "max_tokens": 2}', 2),
-        (b'{"prompt": "a", "max_tokens": 2' + b" " * 50_000 + b"}", 2),
-        (
-            completion(structured_outputs={"regex": "(a+)+(a+)+(a|aa)+b"}),
-            2,
-        ),  # which backtracking engines die of
+        b'{"prompt": "a", "max_tokens": 1, "max_tokens": 2}',  # the last of equal keys counts, as in Python
+        b'{"prompt": "\\u0000", "max_tokens": 2}',
+        b'{"prompt": "a", "max_tokens": 2' + b" " * 50_000 + b"}",
     ],
 )
-def test_what_is_merely_strange_is_served(run: Callable[..., None], body: bytes, text: int) -> None:
+def test_what_is_merely_strange_is_served(run: Callable[..., None], body: bytes) -> None:
     async def scenario() -> None:
         served = Served()
         async with served.listening() as url:
             client = await Client.connect(url)
             client.send(request(COMPLETIONS, body))
             status, _, answer = await client.answer()
-            assert (status, json.loads(answer)["usage"]["completion_tokens"]) == (200, text)
+            assert (status, json.loads(answer)["usage"]["completion_tokens"]) == (200, 2)
             client.close()
 
     run(scenario())

@@ -14,6 +14,7 @@ from moe_kernels.norm import apply_rotary
 from moe_kernels.select import KernelPlan
 from moe_models.batch import ForwardBatch
 from moe_models.interfaces import KVCache, KVCacheSpec, TensorLoad
+from moe_models.layers.for_cache import ForCache
 from moe_models.layers.linear import Linear
 from moe_models.layers.norm import ZeroCenteredRMSNorm
 
@@ -39,8 +40,7 @@ class GatedAttention(nn.Module):
         self.attention = plan.attention
         self.rotary = plan.norm.implementation
         self.isa = plan.blocks.isa
-        self._block: blocks.AttentionBlock | None = None  # made for the first cache
-        self._block_cache: KVCache | None = None
+        self._block: ForCache[KVCache, blocks.AttentionBlock] = ForCache()
         self.q_size = num_heads * head_dim
         self.kv_size = num_kv_heads * head_dim
         # Rows: q of all heads, gate of all heads, k, v.
@@ -66,9 +66,7 @@ class GatedAttention(nn.Module):
 
     def block(self, norm: ZeroCenteredRMSNorm, cache: KVCache) -> blocks.AttentionBlock:
         """The layer in one call; made anew for another cache."""
-        if self._block is None or self._block_cache is not cache:
-            self._block, self._block_cache = self._make_block(norm, cache), cache
-        return self._block
+        return self._block.get(cache, lambda: self._make_block(norm, cache))
 
     def _make_block(self, norm: ZeroCenteredRMSNorm, cache: KVCache) -> blocks.AttentionBlock:
         assert self.isa is not None, "a step for blocks comes with a plan that has them"

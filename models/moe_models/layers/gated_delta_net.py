@@ -15,6 +15,7 @@ from moe_kernels.norm import rms_norm_gated
 from moe_kernels.select import KernelPlan
 from moe_models.batch import ForwardBatch
 from moe_models.interfaces import StateCache, StateCacheSpec, TensorLoad
+from moe_models.layers.for_cache import ForCache
 from moe_models.layers.linear import Linear, empty_parameter
 from moe_models.layers.norm import ZeroCenteredRMSNorm
 
@@ -44,8 +45,7 @@ class GatedDeltaNet(nn.Module):
         self.gated_delta = plan.gated_delta
         self.norm = plan.norm.implementation
         self.isa = plan.blocks.isa
-        self._block: blocks.DeltaNetBlock | None = None  # made for the first cache
-        self._block_cache: StateCache | None = None
+        self._block: ForCache[StateCache, blocks.DeltaNetBlock] = ForCache()
         self.keys = num_key_heads * key_size
         self.values = num_value_heads * value_size
         self.channels = 2 * self.keys + self.values
@@ -74,9 +74,7 @@ class GatedDeltaNet(nn.Module):
 
     def block(self, norm: ZeroCenteredRMSNorm, cache: StateCache) -> blocks.DeltaNetBlock:
         """The layer in one call; made anew for another cache."""
-        if self._block is None or self._block_cache is not cache:
-            self._block, self._block_cache = self._make_block(norm, cache), cache
-        return self._block
+        return self._block.get(cache, lambda: self._make_block(norm, cache))
 
     def _make_block(self, norm: ZeroCenteredRMSNorm, cache: StateCache) -> blocks.DeltaNetBlock:
         assert self.isa is not None, "a step for blocks comes with a plan that has them"
