@@ -27,6 +27,7 @@ class Head:
 
     address: str  # of the cluster, for RAY_ADDRESS
     dashboard: str  # URL: jobs, Serve, the state API
+    metrics: str  # URL: what the node's processes export to Prometheus
 
     def left(self) -> list[Any]:
         """Actors that live and placement groups that hold resources."""
@@ -38,7 +39,10 @@ class Head:
 @contextmanager
 def started_head(log_directory: Path) -> Iterator[Head]:
     """Start it; at the end of the block stop it, and see that nothing of it is left."""
-    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    names = (
+        *("port", "ray-client-server-port", "metrics-export-port"),
+        *("dashboard-port", "dashboard-agent-listen-port"),
+    )
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     flags = [f"--{name}={port}" for name, port in ports.items()]
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
@@ -50,7 +54,11 @@ def started_head(log_directory: Path) -> Iterator[Head]:
             log_directory, [*command, "--node-ip-address=127.0.0.1", *flags, *worker_ports], env
         ) as ray:
             ray.wait_for("Ray runtime started")
-            yield Head(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}")
+            yield Head(
+                address=f"127.0.0.1:{ports['port']}",
+                dashboard=f"http://127.0.0.1:{ports['dashboard-port']}",
+                metrics=f"http://127.0.0.1:{ports['metrics-export-port']}/metrics",
+            )
             ray.signal(signal.SIGTERM)
             ray.finish()
             ray.assert_left_nothing(timeout_s=60)

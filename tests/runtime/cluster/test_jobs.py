@@ -89,7 +89,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield Cluster(head, tmp_path_factory.mktemp("jobs"))
 
 
-@pytest.mark.parametrize("ingress", ["uvicorn", "serve"])
+@pytest.mark.parametrize("ingress", ["uvicorn --ray-metrics", "serve"])
 def test_a_server_is_submitted_queried_and_stopped_and_leaves_nothing(cluster: Cluster, ingress: str) -> None:
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
@@ -97,6 +97,8 @@ def test_a_server_is_submitted_queried_and_stopped_and_leaves_nothing(cluster: C
     cluster.wait_for(job, "the ready line", lambda: f"at {url}" in cluster.jobs.get_job_logs(job))
     assert cluster.jobs.get_job_status(job) == JobStatus.RUNNING
     _query(url)
+    if "--ray-metrics" in ingress:
+        cluster.wait_for(job, "its metrics among the node's", lambda: _has_counted(cluster.head.metrics, 2))
     assert len(cluster.head.left()) > 2
 
     cluster.jobs.stop_job(job)
@@ -118,6 +120,13 @@ def _query(url: str) -> None:
             prompt="Once", stream=True, extra_body={"ignore_eos": True}, **greedy
         )
         assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+
+
+def _has_counted(metrics_url: str, num_requests: int) -> bool:
+    """Whether the node's metrics have ours, and so many requests in them."""
+    series = r"^ray_moe_runtime_e2e_request_latency_seconds_count(_total)?{.*} (\S+)$"
+    found = re.findall(series, httpx2.get(metrics_url).text, re.MULTILINE)
+    return [float(value) for _, value in found] == [num_requests]
 
 
 def test_lines_of_every_rank_reach_the_log_of_the_job(cluster: Cluster) -> None:
