@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int64_t ROWS = 32, KEYS = 16, MAX_HEAD = 256;
+constexpr int K_BLOCK = 4;
 constexpr int64_t SERIAL_WORK = 1 << 15;  // keys times rows
 
 template <class T>
@@ -44,7 +45,7 @@ inline void widen(const T *from, int64_t size, float factor, float *to) {
 }
 
 /* scores[R, K] of a block of R_BLOCK rows and K_BLOCK keys. */
-template <int R_BLOCK, int K_BLOCK>
+template <int R_BLOCK>
 inline void dot_block(const float *q, const float *k, int64_t stride, float *scores) {
     vec sums[R_BLOCK][K_BLOCK] = {};
     for (int64_t d = 0; d < stride; d += WIDTH) {
@@ -56,28 +57,32 @@ inline void dot_block(const float *q, const float *k, int64_t stride, float *sco
         }
     }
     for (int r = 0; r < R_BLOCK; r++)
-        for (int j = 0; j < K_BLOCK; j++) scores[r * KEYS + j] = sum(sums[r][j]);
+        _mm_storeu_ps(scores + r * KEYS, sum_four(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
+}
+
+/* out += scores v, for COLUMNS vectors of R_BLOCK rows. */
+template <int R_BLOCK, int COLUMNS>
+inline void add_values(const float *scores, const float *v, int64_t stride, int64_t num_keys, float *out) {
+    vec sums[R_BLOCK][COLUMNS];
+    for (int r = 0; r < R_BLOCK; r++)
+        for (int c = 0; c < COLUMNS; c++) sums[r][c] = load(out + r * stride + c * WIDTH);
+    for (int64_t j = 0; j < num_keys; j++) {
+        vec values[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) values[c] = load(v + j * stride + c * WIDTH);
+        for (int r = 0; r < R_BLOCK; r++) {
+            const vec p = broadcast(scores[r * KEYS + j]);
+            for (int c = 0; c < COLUMNS; c++) sums[r][c] = fma(p, values[c], sums[r][c]);
+        }
+    }
+    for (int r = 0; r < R_BLOCK; r++)
+        for (int c = 0; c < COLUMNS; c++) store(out + r * stride + c * WIDTH, sums[r][c]);
 }
 
 template <int R_BLOCK>
 inline void value_block(const float *scores, const float *v, int64_t stride, int64_t num_keys, float *out) {
-    for (int64_t d = 0; d < stride; d += 2 * WIDTH) {
-        const int columns = d + WIDTH < stride ? 2 : 1;
-        vec sums[R_BLOCK][2] = {};
-        for (int r = 0; r < R_BLOCK; r++)
-            for (int c = 0; c < columns; c++) sums[r][c] = load(out + r * stride + d + c * WIDTH);
-        for (int64_t j = 0; j < num_keys; j++) {
-            const vec low = load(v + j * stride + d);
-            const vec high = columns == 2 ? load(v + j * stride + d + WIDTH) : zero();
-            for (int r = 0; r < R_BLOCK; r++) {
-                const vec p = broadcast(scores[r * KEYS + j]);
-                sums[r][0] = fma(p, low, sums[r][0]);
-                sums[r][1] = fma(p, high, sums[r][1]);
-            }
-        }
-        for (int r = 0; r < R_BLOCK; r++)
-            for (int c = 0; c < columns; c++) store(out + r * stride + d + c * WIDTH, sums[r][c]);
-    }
+    int64_t d = 0;
+    for (; d + 2 * WIDTH <= stride; d += 2 * WIDTH) add_values<R_BLOCK, 2>(scores, v + d, stride, num_keys, out + d);
+    if (d < stride) add_values<R_BLOCK, 1>(scores, v + d, stride, num_keys, out + d);
 }
 
 /* The softmax of a row so far, with KEYS more scores, which become weights; scales what the row has summed. */
@@ -130,11 +135,11 @@ inline void attend(const Inputs<T> &in, int64_t index, int64_t kv_head, int64_t 
         }
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4)
-            for (int64_t j = 0; j < KEYS; j += 4)
-                dot_block<4, 4>(work.q + r * stride, work.k + j * stride, stride, work.scores + r * KEYS + j);
+            for (int64_t j = 0; j < KEYS; j += K_BLOCK)
+                dot_block<4>(work.q + r * stride, work.k + j * stride, stride, work.scores + r * KEYS + j);
         for (; r < rows; r++)
-            for (int64_t j = 0; j < KEYS; j += 4)
-                dot_block<1, 4>(work.q + r * stride, work.k + j * stride, stride, work.scores + r * KEYS + j);
+            for (int64_t j = 0; j < KEYS; j += K_BLOCK)
+                dot_block<1>(work.q + r * stride, work.k + j * stride, stride, work.scores + r * KEYS + j);
         for (r = 0; r < rows; r++) {
             const int64_t seen = before + r / group + 1 - key;  // keys of this block that the row may see
             soften(work, r, seen < count ? seen : count, stride);
@@ -169,8 +174,10 @@ template <class T>
 void run(const Inputs<T> &in, int64_t num_seqs, int64_t threads) {
     const int64_t group = in.num_heads / in.num_kv_heads, tokens_at_once = ROWS / group;
     int64_t work = 0;
-    for (int64_t i = 0; i < num_seqs; i++)
-        work += (in.starts[i + 1] - in.starts[i]) * (in.contexts[i] + 1) * in.num_heads;
+    for (int64_t i = 0; i < num_seqs; i++) {
+        const int64_t tokens = in.starts[i + 1] - in.starts[i];
+        work += tokens * (in.contexts[i] + tokens) * in.num_heads;
+    }
     parallel(work < SERIAL_WORK ? 1 : threads, [&](Team team) {
         static thread_local Work memory;
         // Keys past the last of a block are not read, but what lies there is multiplied by zero: no NaN.

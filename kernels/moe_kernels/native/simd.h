@@ -141,6 +141,21 @@ inline void store_part(T *p, vec a, int64_t count) {
 
 #endif
 
+/* The sums across the lanes of four vectors. */
+inline __m128 sum_four(vec a, vec b, vec c, vec d) {
+#ifdef __AVX512F__
+    const vec ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    const vec cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const vec abcd = _mm512_castpd_ps(low) + _mm512_castpd_ps(high);
+    const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
+#else
+    const vec half = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+#endif
+    return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
+
 /* What a value becomes when it is kept as a T. */
 template <class T>
 inline vec rounded(vec a) {
