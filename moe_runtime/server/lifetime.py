@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 from moe_runtime.async_llm import AsyncLLM
@@ -16,6 +16,9 @@ from moe_runtime.errors import EngineDeadError, MoeRuntimeError
 from moe_runtime.metrics.deployment_metrics import DeploymentMetrics
 from moe_runtime.server.listener import HttpServer
 from moe_runtime.server.state import ServerState
+
+# A request whose client has all of its answer, or has left, counts as active for some milliseconds more.
+_WORTH_SAYING_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +67,28 @@ def serve_until_stopped(
         if isinstance(first, _EngineEnded):
             http.run(_fail(state, shutdown_timeout_s)).result()
             raise first.error or EngineDeadError("the deployment was stopped; start it anew")
-        num_active = state.admission.num_active
-        if num_active:
-            _say(f"finishing {num_active} requests within {shutdown_timeout_s:g} s; Ctrl-C again aborts them")
         hurry = asyncio.Event()
         draining = http.run(state.drain(shutdown_timeout_s, hurry))
         draining.add_done_callback(lambda future: events.put(_Drained(future.result())))
-        while not isinstance(event := events.get(), _Drained):
+        wait_s: float | None = _WORTH_SAYING_S
+        while not isinstance(event := _next(events, wait_s), _Drained):
             if isinstance(event, _Signalled):
                 http.call_soon(hurry.set)
+            elif event is None:
+                wait_s, num_active = None, state.admission.num_active
+                _say(
+                    f"finishing {num_active} requests within {shutdown_timeout_s:g} s; Ctrl-C again aborts them"
+                )
         if not event.complete:
             _say("aborted what was still at work")
+
+
+def _next(events: SimpleQueue[_Event], wait_s: float | None) -> _Event | None:
+    """None if there is no event in that time."""
+    try:
+        return events.get(timeout=wait_s)
+    except Empty:
+        return None
 
 
 async def _fail(state: ServerState, timeout_s: float) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from moe_runtime.errors import MoeRuntimeError, RankFailedError
 from moe_runtime.metrics.deployment_metrics import DeploymentMetrics
+from moe_runtime.server import lifetime
 from moe_runtime.server.app import make_app
 from moe_runtime.server.lifetime import serve_until_stopped
 from moe_runtime.server.listener import HttpServer, listen
@@ -73,3 +74,33 @@ def test_a_second_signal_aborts_what_the_first_would_finish() -> None:
         assert engine.aborted == engine.started
     client.join()
     assert statuses == [503]
+
+
+@pytest.mark.parametrize(("worth_saying_s", "is_said"), [(0.0, True), (30.0, False)])
+def test_what_is_finished_at_once_is_not_worth_a_line(
+    worth_saying_s: float, is_said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifetime, "_WORTH_SAYING_S", worth_saying_s)
+    said: list[str] = []
+
+    def interrupt(ended: Callable[[MoeRuntimeError | None], None]) -> None:
+        client.start()
+        while not engine.running:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not (said if is_said else state.admission.is_closed):
+            time.sleep(0.005)
+        http.call_soon(engine.gate.set)
+
+    monkeypatch.setattr(lifetime, "_say", said.append)
+    engine = EndingEngine(interrupt)
+    engine.gate.clear()
+    app = make_app(None, server_config())
+    state = app.state.server
+    with HttpServer(app, listen("127.0.0.1", 0)) as http:
+        url = f"{http.url('127.0.0.1')}/v1/completions"
+        client = threading.Thread(target=lambda: httpx2.post(url, json=BODY, timeout=30))
+        _serve(engine, http, state)
+    client.join()
+    line = "finishing 1 requests within 30 s; Ctrl-C again aborts them"
+    assert said == ([line] if is_said else [])
