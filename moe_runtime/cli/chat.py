@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.cli.client_args import add_client_arguments, make_client, read_line, read_stdin
+from moe_runtime.cli.client_args import add_client_arguments, connected, read_line, read_stdin
 from moe_runtime.cli.sampling_args import given_sampling
 from moe_runtime.errors import ServerError
 
@@ -22,8 +22,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "chat",
         help="talk to a model that a server serves",
-        description="Talk to a model behind any OpenAI-compatible server. Without --message the messages come "
-        "from the terminal, or one from standard input where that is no terminal.",
+        description="Talk to a model behind any OpenAI-compatible server; where none answers, and no --base-url is "
+        "given, one is started until the command ends. Without --message the messages come from the terminal, or "
+        "one from standard input where that is no terminal.",
     )
     parser.add_argument(
         "--message",
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     interactive = messages is None and sys.stdin.isatty()
     if messages is None and not interactive:
         messages = [read_stdin("--message")]
-    with make_client(args) as client:
+    with connected(args) as client:
         model = args.model or client.models()[0]
         conversation = Conversation(client, model, args.system_prompt, given_sampling(args))
         if interactive:

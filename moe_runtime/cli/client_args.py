@@ -1,4 +1,4 @@
-"""Flags of the commands that are clients of a server, and the client that they make."""
+"""Flags of the commands that are clients of a server, and the client that they ask for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moe_runtime.cli.own_server import is_answered, own_server
 from moe_runtime.cli.sampling_args import add_sampling_arguments
 from moe_runtime.errors import ConfigError
 
@@ -23,22 +25,43 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument(
         "--base-url",
-        default=_DEFAULT_BASE_URL,
         metavar="URL",
-        help=f"with its /v1 (default: {_DEFAULT_BASE_URL})",
+        help=f"with its /v1 (default: {_DEFAULT_BASE_URL}, or where none answers a server of the command's own)",
     )
     group.add_argument(
         "--api-key", metavar="KEY", help=f"default: {' or '.join(KEY_VARIABLES)} from the environment"
     )
-    group.add_argument("--model", metavar="NAME", help="default: the first that the server has")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="default: the first that the server has; for a server of the command's own a checkpoint directory or "
+        "Hub id (default: the demo checkpoint)",
+    )
     add_sampling_arguments(parser, "server")
 
 
-def make_client(args: argparse.Namespace) -> OpenAIClient:
-    """A client of the server that the flags name."""
+@contextlib.contextmanager
+def connected(args: argparse.Namespace) -> Iterator[OpenAIClient]:
+    """A client of the server that --base-url names, of the default one, or of one that runs for this block.
+
+    Raises:
+        ServerError: a server of our own did not start, or the API key cannot be sent.
+    """
     from moe_runtime.openai_client import OpenAIClient
 
-    return OpenAIClient(args.base_url, given_api_key(args))
+    api_key = given_api_key(args)
+    base_url = _DEFAULT_BASE_URL if args.base_url is None else args.base_url
+    with OpenAIClient(base_url, api_key) as client:
+        if args.base_url is not None or is_answered(base_url):
+            yield client
+            return
+    print(
+        f"moe-runtime: no server answers at {base_url}; starting one for "
+        f"{args.model or 'the demo checkpoint'}",
+        file=sys.stderr,
+    )
+    with own_server(args.model, api_key) as own_url, OpenAIClient(own_url, api_key) as client:
+        yield client
 
 
 def given_api_key(args: argparse.Namespace) -> str | None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.cli.client_args import add_client_arguments, make_client, read_line, read_stdin
+from moe_runtime.cli.client_args import add_client_arguments, connected, read_line, read_stdin
 from moe_runtime.cli.sampling_args import given_sampling
 from moe_runtime.errors import ServerError
 
@@ -19,8 +19,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "complete",
         help="have a model that a server serves continue a text",
-        description="Have a model behind any OpenAI-compatible server continue a text. Without --prompt the texts "
-        "are lines from the terminal, or one text is all of standard input where that is no terminal.",
+        description="Have a model behind any OpenAI-compatible server continue a text; where none answers, and no "
+        "--base-url is given, one is started until the command ends. Without --prompt the texts are lines from the "
+        "terminal, or one text is all of standard input where that is no terminal.",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="continue this and leave")
     add_client_arguments(parser)
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     interactive = prompt is None and sys.stdin.isatty()
     if prompt is None and not interactive:
         prompt = read_stdin("--prompt")
-    with make_client(args) as client:
+    with connected(args) as client:
         body = {"model": args.model or client.models()[0], **given_sampling(args)}
         if not interactive:
             _complete(client, body, prompt)

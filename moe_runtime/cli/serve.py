@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import secrets
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.cli.engine_args import (
@@ -20,6 +15,7 @@ from moe_runtime.cli.engine_args import (
 )
 from moe_runtime.cli.parser_args import add_parser_arguments, parser_settings
 from moe_runtime.cli.serve_ingress import check_serve_can, serve_behind_ray_serve
+from moe_runtime.cli.signals import sigterm_as_exit
 from moe_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     app = make_app(None, config, extra_routers=[page_router()])
     listener, timeout = listen(args.host, args.port), args.shutdown_timeout
     log_level = args.uvicorn_log_level or _UVICORN_LOG_LEVEL
-    with _sigterm_as_exit(), HttpServer(app, listener, tls=tls, log_level=log_level) as http:
+    with sigterm_as_exit(), HttpServer(app, listener, tls=tls, log_level=log_level) as http:
         frontend = _start_engine(args)
         engine = AsyncLLM(frontend)
         metrics = watch(engine, config, per_expert=args.per_expert_metrics, to_ray=args.ray_metrics)
@@ -147,7 +143,7 @@ def _run_ray_serve(args: argparse.Namespace, config: ServerConfig) -> int:
             raise ConfigError(f"{flag} is for --ingress uvicorn; Ray Serve's replicas do not take it")
     num_replicas = 1 if args.num_replicas is None else args.num_replicas
     check_serve_can(host=args.host, port=args.port, num_replicas=num_replicas)
-    with _sigterm_as_exit():
+    with sigterm_as_exit():
         frontend = _start_engine(args)
         try:
             serve_behind_ray_serve(
@@ -218,17 +214,3 @@ def _tls(args: argparse.Namespace) -> Tls | None:
         if not path or not Path(path).is_file():
             raise ConfigError(f"HTTPS needs {flag} to name a file, got {path!r}")
     return Tls(certificate=args.ssl_certfile, key=args.ssl_keyfile)
-
-
-@contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """While the engine starts, SIGTERM ends the process as an exception does: nothing is left behind."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
