@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from moe_runtime import __version__
 from moe_runtime.errors import ConfigError
 
 _PIPE_WIDTH = 180
 _GIT_TIMEOUT_S = 10.0
+_CPU_FACTS = Path("/proc/cpuinfo")
+_LAST_LEVEL_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +66,10 @@ class _Hardware:
     """Where a run took place."""
 
     device: str
+    cpu: str  # name, family and model: a virtual machine's name says less than these
     cores: int  # that this process may use
+    memory_gib: float
+    last_level_cache: str | None  # where the system says
     system: str
     load_average_before: float
     load_average_after: float  # includes what the run itself did
@@ -110,11 +118,23 @@ def publish(report: Report, save_result: str | None) -> None:
 def _hardware(device: str, started_load: float) -> _Hardware:
     return _Hardware(
         device=device,
+        cpu=_cpu(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        last_level_cache=_LAST_LEVEL_CACHE.read_text().strip() if _LAST_LEVEL_CACHE.exists() else None,
         system=f"{platform.system()} {platform.machine()}",
         load_average_before=started_load,
         load_average_after=load_average(),
     )
+
+
+def _cpu() -> str:
+    if not _CPU_FACTS.exists():
+        return platform.processor() or platform.machine()
+    first = _CPU_FACTS.read_text().split("\n\n")[0]
+    facts = dict(re.findall(r"^(.*?)\s*: (.*)$", first, re.MULTILINE))
+    name = facts.get("model name", platform.machine())
+    return f"{name}, family {facts['cpu family']}, model {facts['model']}" if "cpu family" in facts else name
 
 
 def _versions() -> dict[str, str | None]:
