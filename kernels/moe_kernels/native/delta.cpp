@@ -202,19 +202,18 @@ void run(const Inputs<T> &in, float *states, const int64_t *slots, const int32_t
     });
 }
 
+/* A vector of heads after the other, so that what belongs to a head is made once. */
 template <class T>
 void gates(const T *a, int64_t a_stride, const T *b, int64_t b_stride, const float *a_log, const float *dt_bias,
            int64_t num_tokens, int64_t num_heads, float *decay, T *beta) {
-    for (int64_t t = 0; t < num_tokens; t++) {
-        for (int64_t n = 0; n < num_heads; n++) {
-            const float x = as_float(a[t * a_stride + n]) + dt_bias[n];
-            // As torch's softplus: the identity above 20.
-            const float softplus = x > 20.0f ? x : __builtin_log1pf(__builtin_expf(x));
-            decay[t * num_heads + n] = -__builtin_expf(a_log[n]) * softplus;
-            const float gate = 1.0f / (1.0f + __builtin_expf(-as_float(b[t * b_stride + n])));
-            store_part(beta + t * num_heads + n, broadcast(gate), 1);
+    for_vectors(num_heads, [&](int64_t n, int64_t count) {
+        const vec rate = zero() - exp(load_first(a_log + n, count)), bias = load_first(dt_bias + n, count);
+        for (int64_t t = 0; t < num_tokens; t++) {
+            const vec step = softplus(load_first(a + t * a_stride + n, count) + bias);
+            store_first(decay + t * num_heads + n, rate * step, count);
+            store_first(beta + t * num_heads + n, sigmoid(load_first(b + t * b_stride + n, count)), count);
         }
-    }
+    });
 }
 
 }  // namespace

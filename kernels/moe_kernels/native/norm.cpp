@@ -23,12 +23,6 @@ inline vec rounded(vec x, const bf16 *) {
     return load(kept);
 }
 
-/* Call body(column, count) for each vector of `size` columns. */
-template <class Body>
-inline void for_vectors(int64_t size, const Body &body) {
-    for (int64_t c = 0; c < size; c += WIDTH) body(c, size - c < WIDTH ? size - c : WIDTH);
-}
-
 template <class T>
 inline float inverse_rms(const T *x, int64_t size, float eps) {
     vec squares = zero();

@@ -9,6 +9,9 @@ constexpr int64_t MAX_EXPERTS = 4096;
 constexpr int64_t SERIAL_VALUES = 32768;
 constexpr float LEAST_EXP = 1.3e-38f;  // `exp` returns something just below this where the result should be 0
 
+/* e^(x - highest); a NaN counts as the least there is, so that the experts chosen always differ. */
+inline vec exponential(vec x, vec highest) { return exp(max(x - highest, broadcast(-87.3f))); }
+
 /* e^(x - largest) of `count` logits into `out`; returns their sum. */
 template <class T>
 inline float exponentials(const T *logits, int64_t count, float *out) {
@@ -23,13 +26,13 @@ inline float exponentials(const T *logits, int64_t count, float *out) {
     }
     vec total = zero();
     for (e = 0; e + WIDTH <= count; e += WIDTH) {
-        const vec x = exp(load(logits + e) - broadcast(highest));
+        const vec x = exponential(load(logits + e), broadcast(highest));
         store(out + e, x);
         total += x;
     }
     float rest = 0.0f;
     if (e < count) {
-        store_part(out + e, exp(load_part(logits + e, count - e) - broadcast(highest)), count - e);
+        store_part(out + e, exponential(load_part(logits + e, count - e), broadcast(highest)), count - e);
         for (; e < count; e++) rest += out[e];
     }
     return sum(total) + rest;

@@ -144,10 +144,20 @@ inline void store_first(T *p, vec x, int64_t count) {
     count == WIDTH ? store(p, x) : store_part(p, x, count);
 }
 
-/* e^x within 2 units in the last place; 0 below -87.3 and 2^127.4 above 88.3 (no infinities, no denormal numbers). */
+/* Call body(first, count) for each vector of `size` values: one copy of it knows that all lanes count, one takes the
+ * rest. */
+template <class Body>
+inline void for_vectors(int64_t size, const Body &body) {
+    int64_t c = 0;
+    for (; c + WIDTH <= size; c += WIDTH) body(c, WIDTH);
+    if (c < size) body(c, size - c);
+}
+
+/* e^x within 2 units in the last place; as for -87.3 (1.2e-38) below that, and as for 88.3 (2^127.4) above, so neither
+ * denormal numbers nor infinities. */
 inline vec exp(vec x) {
-    const vec low = broadcast(-87.3f);
-    const vec clamped = min(max(x, low), broadcast(88.3f));
+    // In this order of operands a NaN stays one: both instructions return the second if either is.
+    const vec clamped = min(broadcast(88.3f), max(broadcast(-87.3f), x));
     // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, the first so short that n times it is exact.
     const vec n = round_to_even(clamped * broadcast(1.44269504f));
     vec r = fma(n, broadcast(-0.693359375f), clamped);
@@ -165,6 +175,21 @@ inline vec exp(vec x) {
 
 inline vec sigmoid(vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exp(zero() - x)); }
 inline vec silu(vec x) { return x / (broadcast(1.0f) + exp(zero() - x)); }
+
+/* log(1 + e^x) with a relative error below 3e-7; no less than 1.2e-38. */
+inline vec softplus(vec x) {
+    // log(1 + e^x) = max(x, 0) + log(1 + y) with y = e^-|x|, and log(1 + y) = 2 atanh(s) with s = y / (2 + y) <= 1/3.
+    const vec y = exp(min(zero() - x, x));
+    const vec s = y / (broadcast(2.0f) + y), z = s * s;
+    vec series = broadcast(1.0f / 13);  // of atanh(s) / s: the first term left out is below 1.4e-8
+    series = fma(series, z, broadcast(1.0f / 11));
+    series = fma(series, z, broadcast(1.0f / 9));
+    series = fma(series, z, broadcast(1.0f / 7));
+    series = fma(series, z, broadcast(1.0f / 5));
+    series = fma(series, z, broadcast(1.0f / 3));
+    series = fma(series, z, broadcast(1.0f));
+    return fma(s + s, series, max(zero(), x));
+}
 
 inline float as_float(float x) { return x; }
 inline float as_float(bf16 x) {
