@@ -116,17 +116,6 @@ inline bool take_parts(const Parts &parts) {
     return true;
 }
 
-template <class Y>
-inline vec rounded(vec value) {
-    if constexpr (sizeof(Y) == sizeof(float)) {
-        return value;
-    } else {
-        Y stored[WIDTH];
-        store(stored, value);
-        return load(stored);
-    }
-}
-
 /* y += x, for `count` values; on threads where that pays. */
 template <class Y>
 inline void add(const Y *x, Y *y, int64_t count, int64_t threads) {

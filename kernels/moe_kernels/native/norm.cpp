@@ -15,22 +15,22 @@ struct Rows {
     int64_t at(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
 };
 
-/* What a value becomes when it is kept as a T. */
-inline vec rounded(vec x, const float *) { return x; }
-inline vec rounded(vec x, const bf16 *) {
-    bf16 kept[WIDTH];
-    store(kept, x);
-    return load(kept);
-}
-
 template <class T>
 inline float inverse_rms(const T *x, int64_t size, float eps) {
-    vec squares = zero();
-    for_vectors(size, [&](int64_t c, int64_t count) {
-        const vec v = load_first(x + c, count);
-        squares = fma(v, v, squares);
+    vec squares[4] = {};  // one sum would be as slow as additions that wait for each other
+    int64_t c = 0;
+    for (; c + 4 * WIDTH <= size; c += 4 * WIDTH) {
+        for (int i = 0; i < 4; i++) {
+            const vec v = load(x + c + i * WIDTH);
+            squares[i] = fma(v, v, squares[i]);
+        }
+    }
+    for_vectors(size - c, [&](int64_t at, int64_t count) {
+        const vec v = load_first(x + c + at, count);
+        squares[0] = fma(v, v, squares[0]);
     });
-    return 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(size) + eps);
+    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    return 1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps);
 }
 
 template <class T>
@@ -60,8 +60,8 @@ void rms_norm_gated(const T *x, Rows x_rows, const T *gate, Rows gate_rows, cons
             T *to = out + r * size;
             const vec inverse = broadcast(inverse_rms(from, size, eps));
             for_vectors(size, [&](int64_t c, int64_t count) {
-                const vec normed = rounded(load_first(from + c, count) * inverse, x);
-                const vec scaled = rounded(normed * load_first(weight + c, count), x);
+                const vec normed = rounded<T>(load_first(from + c, count) * inverse);
+                const vec scaled = rounded<T>(normed * load_first(weight + c, count));
                 store_first(to + c, scaled * silu(load_first(by + c, count)), count);
             });
         }
@@ -76,7 +76,7 @@ void silu_and_mul(const T *x, int64_t stride, T *out, int64_t num_rows, int64_t 
             const T *gate = x + r * stride, *up = gate + size;
             T *to = out + r * size;
             for_vectors(size, [&](int64_t c, int64_t count) {
-                store_first(to + c, rounded(silu(load_first(gate + c, count)), x) * load_first(up + c, count), count);
+                store_first(to + c, rounded<T>(silu(load_first(gate + c, count))) * load_first(up + c, count), count);
             });
         }
     });
