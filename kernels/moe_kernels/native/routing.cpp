@@ -44,16 +44,21 @@ inline void select_best(const float *values, int64_t count, int64_t top_k, int64
         ids[k] = k;  // stays, with a weight of its own, where a row holds nothing but NaN
         best[k] = -1.0f;
     }
-    for (int64_t e = 0; e < count; e++) {
-        if (!(values[e] > best[top_k - 1])) continue;
-        int64_t k = top_k - 1;
-        for (; k > 0 && values[e] > best[k - 1]; k--) {
-            best[k] = best[k - 1];
-            ids[k] = ids[k - 1];
+    // Few of many experts are better than what is there already: most vectors need one comparison.
+    for_vectors(count, [&](int64_t first, int64_t lanes) {
+        uint32_t above = lanes_above(load_first(values + first, lanes), broadcast(best[top_k - 1]));
+        for (above &= (1u << lanes) - 1; above != 0; above &= above - 1) {
+            const int64_t e = first + __builtin_ctz(above);
+            if (!(values[e] > best[top_k - 1])) continue;
+            int64_t k = top_k - 1;
+            for (; k > 0 && values[e] > best[k - 1]; k--) {
+                best[k] = best[k - 1];
+                ids[k] = ids[k - 1];
+            }
+            best[k] = values[e];
+            ids[k] = e;
         }
-        best[k] = values[e];
-        ids[k] = e;
-    }
+    });
 }
 
 template <class T>

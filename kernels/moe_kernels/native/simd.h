@@ -28,6 +28,8 @@ inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline vec max(vec a, vec b) { return _mm512_max_ps(a, b); }
 inline vec min(vec a, vec b) { return _mm512_min_ps(a, b); }
 inline vec sqrt(vec a) { return _mm512_sqrt_ps(a); }
+/* Bit i: a's lane i is larger than b's. */
+inline uint32_t lanes_above(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline float sum(vec a) { return _mm512_reduce_add_ps(a); }
 inline float largest(vec a) { return _mm512_reduce_max_ps(a); }
 inline vec round_to_even(vec a) {
@@ -86,6 +88,10 @@ inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
 inline vec min(vec a, vec b) { return _mm256_min_ps(a, b); }
 inline vec sqrt(vec a) { return _mm256_sqrt_ps(a); }
+/* Bit i: a's lane i is larger than b's. */
+inline uint32_t lanes_above(vec a, vec b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+}
 inline float sum(vec a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
