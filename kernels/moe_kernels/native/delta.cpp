@@ -202,19 +202,18 @@ void run(const Inputs<T> &in, float *states, const int64_t *slots, const int32_t
     });
 }
 
-/* decay = -exp(a_log) softplus(a + dt_bias), beta = sigmoid(b). */
+/* A vector of heads after the other, so that what belongs to a head is made once. */
 template <class T>
 void gates(const T *a, int64_t a_stride, const T *b, int64_t b_stride, const float *a_log, const float *dt_bias,
            int64_t num_tokens, int64_t num_heads, float *decay, T *beta) {
-    for (int64_t n = 0; n < num_heads; n += WIDTH) {
-        const int64_t count = num_heads - n < WIDTH ? num_heads - n : WIDTH;
-        const vec rate = zero() - exp(load_part(a_log + n, count)), bias = load_part(dt_bias + n, count);
+    for_vectors(num_heads, [&](int64_t n, int64_t count) {
+        const vec rate = zero() - exp(load_first(a_log + n, count)), bias = load_first(dt_bias + n, count);
         for (int64_t t = 0; t < num_tokens; t++) {
-            const vec x = load_first(a + t * a_stride + n, count) + bias;
-            store_first(decay + t * num_heads + n, rate * softplus(x), count);
+            const vec step = softplus(load_first(a + t * a_stride + n, count) + bias);
+            store_first(decay + t * num_heads + n, rate * step, count);
             store_first(beta + t * num_heads + n, sigmoid(load_first(b + t * b_stride + n, count)), count);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -15,20 +15,22 @@ struct Rows {
     int64_t at(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
 };
 
-/* Call body(column, count) for each vector of `size` columns. */
-template <class Body>
-inline void for_vectors(int64_t size, const Body &body) {
-    for (int64_t c = 0; c < size; c += WIDTH) body(c, size - c < WIDTH ? size - c : WIDTH);
-}
-
 template <class T>
 inline float inverse_rms(const T *x, int64_t size, float eps) {
-    vec squares = zero();
-    for_vectors(size, [&](int64_t c, int64_t count) {
-        const vec v = load_first(x + c, count);
-        squares = fma(v, v, squares);
+    vec squares[4] = {};  // one sum would be as slow as additions that wait for each other
+    int64_t c = 0;
+    for (; c + 4 * WIDTH <= size; c += 4 * WIDTH) {
+        for (int i = 0; i < 4; i++) {
+            const vec v = load(x + c + i * WIDTH);
+            squares[i] = fma(v, v, squares[i]);
+        }
+    }
+    for_vectors(size - c, [&](int64_t at, int64_t count) {
+        const vec v = load_first(x + c + at, count);
+        squares[0] = fma(v, v, squares[0]);
     });
-    return 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(size) + eps);
+    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    return 1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps);
 }
 
 template <class T>

@@ -9,6 +9,9 @@ constexpr int64_t MAX_EXPERTS = 4096;
 constexpr int64_t SERIAL_VALUES = 32768;
 constexpr float LEAST_EXP = 1.3e-38f;  // `exp` returns something just below this where the result should be 0
 
+/* e^(x - highest); a NaN counts as the least there is, so that the experts chosen always differ. */
+inline vec exponential(vec x, vec highest) { return exp(max(x - highest, broadcast(-87.3f))); }
+
 /* e^(x - largest) of `count` logits into `out`; returns their sum. */
 template <class T>
 inline float exponentials(const T *logits, int64_t count, float *out) {
@@ -23,13 +26,13 @@ inline float exponentials(const T *logits, int64_t count, float *out) {
     }
     vec total = zero();
     for (e = 0; e + WIDTH <= count; e += WIDTH) {
-        const vec x = exp(load(logits + e) - broadcast(highest));
+        const vec x = exponential(load(logits + e), broadcast(highest));
         store(out + e, x);
         total += x;
     }
     float rest = 0.0f;
     if (e < count) {
-        store_part(out + e, exp(load_part(logits + e, count - e) - broadcast(highest)), count - e);
+        store_part(out + e, exponential(load_part(logits + e, count - e), broadcast(highest)), count - e);
         for (; e < count; e++) rest += out[e];
     }
     return sum(total) + rest;
@@ -41,16 +44,21 @@ inline void select_best(const float *values, int64_t count, int64_t top_k, int64
         ids[k] = k;  // stays, with a weight of its own, where a row holds nothing but NaN
         best[k] = -1.0f;
     }
-    for (int64_t e = 0; e < count; e++) {
-        if (!(values[e] > best[top_k - 1])) continue;
-        int64_t k = top_k - 1;
-        for (; k > 0 && values[e] > best[k - 1]; k--) {
-            best[k] = best[k - 1];
-            ids[k] = ids[k - 1];
+    // Few of many experts are better than what is there already: most vectors need one comparison.
+    for_vectors(count, [&](int64_t first, int64_t lanes) {
+        uint32_t above = lanes_above(load_first(values + first, lanes), broadcast(best[top_k - 1]));
+        for (above &= (1u << lanes) - 1; above != 0; above &= above - 1) {
+            const int64_t e = first + __builtin_ctz(above);
+            if (!(values[e] > best[top_k - 1])) continue;
+            int64_t k = top_k - 1;
+            for (; k > 0 && values[e] > best[k - 1]; k--) {
+                best[k] = best[k - 1];
+                ids[k] = ids[k - 1];
+            }
+            best[k] = values[e];
+            ids[k] = e;
         }
-        best[k] = values[e];
-        ids[k] = e;
-    }
+    });
 }
 
 template <class T>
