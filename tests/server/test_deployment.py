@@ -15,6 +15,7 @@ import pytest
 from moe_runtime import AsyncLLM
 from moe_runtime.cli.main import main
 from moe_runtime.server.app import make_app
+from tests.demo_reference import greedy_text
 from tests.server.conftest import listening
 from tests.server.fake_engine import server_config
 
@@ -83,6 +84,16 @@ def test_many_streams_at_once_get_the_tokens_that_each_gets_alone(served: Callab
         assert together == alone
         assert all(len(ids) == NUM_TOKENS for ids in alone)
         assert len({tuple(ids) for ids in alone}) > NUM_STREAMS // 2
+
+    served(scenario)
+
+
+def test_the_demo_answers_hello_as_with_transformers(served: Callable[..., None]) -> None:
+    async def scenario(client: openai.AsyncOpenAI) -> None:
+        request: Any = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}]}
+        answer = await client.chat.completions.create(**request, temperature=0, max_tokens=48)
+        assert answer.choices[0].message.content == greedy_text(request["messages"], 48)
+        assert answer.choices[0].finish_reason == "stop"
 
     served(scenario)
 
