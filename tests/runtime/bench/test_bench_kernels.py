@@ -122,12 +122,14 @@ def small_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_native
 @pytest.mark.usefixtures("small_cpu")
 def test_every_cpu_row_has_its_share_of_a_limit_and_torchs_time(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    plot = ["--plot", str(tmp_path / "k")]
-    assert main(["bench", "kernels", "--device", "cpu", "--num-rounds", "1", *plot]) == 0
+    saved = tmp_path_factory.mktemp("saved") / "result.json"
+    files = ["--plot", str(tmp_path / "k"), "--save-result", str(saved)]
+    assert main(["bench", "kernels", "--device", "cpu", "--num-rounds", "1", *files]) == 0
     lines = capfd.readouterr().out.splitlines()
     report = json.loads(lines[-1])
+    assert json.loads(saved.read_text()) == report
     assert report["workload"]["read_gb_per_s"] > 0
     assert report["workload"]["read_gb_per_s_all"] > 0
     assert report["workload"]["read_threads_all"] == len(os.sched_getaffinity(0))

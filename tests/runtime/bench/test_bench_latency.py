@@ -58,13 +58,18 @@ def test_the_figure_has_bars_of_all_percentiles(per_token_s: float | None, tmp_p
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_a_tiny_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_tiny_checkpoint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    saved = tmp_path_factory.mktemp("saved") / "result.json"
     flags = ["--random-checkpoint", "tiny", "--dtype", "float32", "--threads-per-rank", "1"]
     flags += ["--batch-size", "3", "--input-len", "6", "--output-len", "5", "--plot", str(tmp_path / "l")]
+    flags += ["--save-result", str(saved)]
     assert main(["bench", "latency", *flags, "--num-iters-warmup", "1", "--num-iters", "2"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     (result,) = report["results"]
 
+    assert json.loads(saved.read_text()) == report
     assert (report["benchmark"], report["workload"]["batch_size"]) == ("latency", 3)
     assert len(result["latencies"]) == 2
     assert "each later token" in read_figure(tmp_path / "l")

@@ -191,3 +191,32 @@ def test_recorded_choices_are_those_of_transformers_and_replaying_them_gives_the
     for ours, theirs in zip(trace.choices_TK, _reference_choices(reference, windows, 3), strict=True):
         assert np.sort(ours, axis=1).tolist() == theirs.tolist()
     assert replayed.tolist() == load_of_experts(trace).tolist()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_saved_trace_gives_the_statistics_of_its_recording(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    files = {name: str(tmp_path / name) for name in ("text", "trace.npz", "result.json")}
+    Path(files["text"]).write_text(
+        "Every expert of a layer reads some of the words, and none reads all. " * 4
+    )
+    sizes = ["--expert-parallel-sizes", "2,8"]
+    flags = ["--text", files["text"], "--max-tokens", "50", "--window-len", "20", "--threads-per-rank", "1"]
+    flags += ["--save-trace", files["trace.npz"], "--save-result", files["result.json"]]
+
+    assert main(["bench", "routing", *flags, *sizes]) == 0
+    recorded = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["bench", "routing", "--replay", files["trace.npz"], *sizes]) == 0
+    replayed = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert json.loads(Path(files["result.json"]).read_text()) == recorded
+    assert RoutingTrace.load(files["trace.npz"]).starts.tolist() == [0, 20, 40]
+    assert [result["layer"] for result in recorded["results"]] == [0, 1, 2, 3]
+    assert replayed["results"] == recorded["results"]
+    for name, value in {"tokens": 50, "experts": 32, "top_k": 4, "max_entropy_bits": 5.0}.items():
+        assert replayed["workload"][name] == recorded["workload"][name] == value
+    balance = recorded["workload"]["overall_balancedness"]
+    assert list(balance) == ["2", "8"]
+    assert replayed["workload"]["overall_balancedness"] == balance

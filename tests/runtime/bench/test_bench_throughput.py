@@ -17,13 +17,17 @@ from tests.runtime.bench.figures import read_figure
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_a_tiny_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_tiny_checkpoint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    saved = tmp_path_factory.mktemp("saved") / "result.json"
     flags = ["--random-checkpoint", "tiny", "--dtype", "float32", "--threads-per-rank", "1"]
     flags += ["--concurrency", "1,3", "--input-len", "6", "--output-len", "5", "--num-rounds", "2"]
-    flags += ["--plot", str(tmp_path / "t")]
+    flags += ["--plot", str(tmp_path / "t"), "--save-result", str(saved)]
     assert main(["bench", "throughput", *flags]) == 0
 
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads(saved.read_text()) == report
     assert report["benchmark"] == "throughput"
     assert report["workload"]["dtype"] == "float32"
     assert report["workload"]["threads_per_rank"] == 1
