@@ -302,7 +302,7 @@ def test_the_markdown_report_has_words_tables_and_the_environment() -> None:
         "the median of 3 rounds as they are served. The split of a step: the median of 2 others, with" in text
     )
     assert "## Throughput\n\n|  | tokens/s |\n|---|---:|\n| EP=2 | 9 |\n" in text
-    assert "* hardware: device a chip, cores " in text
+    assert "* hardware: device a chip, cpu " in text
     assert text.count("**") == 2
 
 
