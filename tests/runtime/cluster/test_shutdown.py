@@ -17,8 +17,8 @@ from tests.runtime.cluster.program import SCENARIOS, running
 pytestmark = pytest.mark.ray
 
 OWN_RAY = {"RAY_ADDRESS": "local"}
-SOME_MOMENTS = ("load", "generate")
-OTHER_MOMENTS = ("connect", "inspect", "reserve", "create", "join")
+SOME_MOMENTS = ("load",)
+OTHER_MOMENTS = ("connect", "inspect", "reserve", "create", "join", "generate")
 # The two agents of a node whose raylet was killed outright give up on it after about a minute.
 RAY_AGENTS_END_WITHIN_S = 100
 
@@ -113,7 +113,7 @@ def test_a_batch_that_is_stopped_keeps_its_answers_and_leaves_nothing(
         ("generate", signal.SIGKILL),
         ("load", signal.SIGINT),
         pytest.param("create", signal.SIGINT, marks=pytest.mark.slow),
-        ("generate", signal.SIGTERM),
+        pytest.param("generate", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("load", signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
