@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -16,6 +14,8 @@ import ray
 from ray._private.services import get_ray_address_from_environment
 
 from moe_runtime.errors import ConfigError, RayStartError
+from moe_runtime.reachable import accepts_connections
+from moe_runtime.signals import exit_on_signal
 
 _NO_CLUSTER = (
     "a named deployment outlives its driver, and there is no Ray cluster here that does; start one with "
@@ -55,7 +55,7 @@ def ensure_ray(*, must_outlive_us: bool = False) -> bool:
         _init_ray("local")
     if threading.current_thread() is threading.main_thread():
         # Ray has put a handler of its own there, which dumps its stack on SIGTERM.
-        signal.signal(signal.SIGTERM, handler if callable(handler) else _leave)
+        signal.signal(signal.SIGTERM, handler if callable(handler) else exit_on_signal)
     return True
 
 
@@ -81,11 +81,7 @@ def _listens(address: str) -> bool:
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or "/" in host:
         return True
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN_S).close()
-    except (OSError, OverflowError):
-        return False
-    return True
+    return accepts_connections(host.strip("[]"), int(port), _ANSWERS_WITHIN_S)
 
 
 def _no_answer() -> ConfigError:
@@ -150,8 +146,3 @@ def _interrupts_wait() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if came:
             raise KeyboardInterrupt
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    """On SIGTERM: end as on an exception, so that ranks and Ray are ended too."""
-    sys.exit(128 + signum)

@@ -27,6 +27,8 @@ LAYERS = [
     "moe_runtime.openai_client moe_runtime.batch_file",
     # sockets between drivers and ranks
     "moe_runtime.transport",
+    # what the system says: whether an address answers, what a signal ends
+    "moe_runtime.reachable moe_runtime.signals",
     # Ray itself: starting it, what the cluster has, placement groups
     "moe_runtime.connecting moe_runtime.cluster",
     # which class serves a model, and what it says of itself

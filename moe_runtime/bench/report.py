@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,11 @@ from typing import Any
 import psutil
 
 from moe_runtime import __version__
+from moe_runtime.bench.machine import cpu_model, last_level_cache
 from moe_runtime.errors import ConfigError
 
 _PIPE_WIDTH = 180
 _GIT_TIMEOUT_S = 10.0
-_CPU_FACTS = Path("/proc/cpuinfo")
-_LAST_LEVEL_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +88,26 @@ def check_writable(file: str | None, flag: str = "--save-result") -> None:
         raise ConfigError(f"{flag} {file}: give a file in a directory that exists")
 
 
-def publish(report: Report, save_result: str | None) -> None:
-    """Print a report; its JSON object is the last line of stdout and, if asked for, the content of a file."""
+def publish(report: Report, save_result: str | None, *, json_alone: bool = False) -> None:
+    """Print a report; its JSON object is the last line of stdout and, if asked for, the content of a file.
+
+    Args:
+        json_alone: print nothing else.
+    """
+    as_dict = report.to_dict()
+    if not json_alone:
+        _print_for_people(report, as_dict)
+    line = json.dumps(as_dict)
+    if save_result is not None:
+        Path(save_result).write_text(line + "\n")
+    print(line, flush=True)
+
+
+def _print_for_people(report: Report, as_dict: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
-    as_dict = report.to_dict()
     for name in ("hardware", "versions", "workload"):
         facts = ", ".join(f"{key} {value}" for key, value in as_dict[name].items())
         console.print(f"{name}: {facts}", markup=False)
@@ -109,32 +120,19 @@ def publish(report: Report, save_result: str | None) -> None:
         console.print(shown)
     for text in report.texts:
         print(text)
-    line = json.dumps(as_dict)
-    if save_result is not None:
-        Path(save_result).write_text(line + "\n")
-    print(line, flush=True)
 
 
 def _hardware(device: str, started_load: float) -> _Hardware:
     return _Hardware(
         device=device,
-        cpu=_cpu(),
+        cpu=cpu_model(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        last_level_cache=_LAST_LEVEL_CACHE.read_text().strip() if _LAST_LEVEL_CACHE.exists() else None,
+        last_level_cache=last_level_cache(),
         system=f"{platform.system()} {platform.machine()}",
         load_average_before=started_load,
         load_average_after=load_average(),
     )
-
-
-def _cpu() -> str:
-    if not _CPU_FACTS.exists():
-        return platform.processor() or platform.machine()
-    first = _CPU_FACTS.read_text().split("\n\n")[0]
-    facts = dict(re.findall(r"^(.*?)\s*: (.*)$", first, re.MULTILINE))
-    name = facts.get("model name", platform.machine())
-    return f"{name}, family {facts['cpu family']}, model {facts['model']}" if "cpu family" in facts else name
 
 
 def _versions() -> dict[str, str | None]:

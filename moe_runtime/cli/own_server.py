@@ -8,7 +8,6 @@ import os
 import queue
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from moe_runtime.cli.signals import sigterm_as_exit
 from moe_runtime.errors import ServerError
+from moe_runtime.reachable import accepts_connections
+from moe_runtime.signals import sigterm_as_exit
 
 _CONNECT_TIMEOUT_S = 2.0
 _START_LIMIT_S = 900.0
@@ -31,11 +31,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 def is_answered(base_url: str) -> bool:
     """Whether anything listens there; what it is, a request will tell."""
     parts = urlsplit(base_url)
-    try:
-        socket.create_connection((parts.hostname, parts.port), _CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
+    return accepts_connections(parts.hostname, parts.port, _CONNECT_TIMEOUT_S)
 
 
 @contextlib.contextmanager

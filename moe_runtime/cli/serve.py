@@ -15,8 +15,8 @@ from moe_runtime.cli.engine_args import (
 )
 from moe_runtime.cli.parser_args import add_parser_arguments, parser_settings
 from moe_runtime.cli.serve_ingress import check_serve_can, serve_behind_ray_serve
-from moe_runtime.cli.signals import sigterm_as_exit
 from moe_runtime.errors import ConfigError
+from moe_runtime.signals import sigterm_as_exit
 
 if TYPE_CHECKING:
     from moe_runtime.frontend import Frontend

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.cli.bench.common import add_result_arguments, numbers
+from moe_runtime.cli.bench.common import add_result_arguments, check_result_arguments, numbers
 from moe_runtime.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -137,10 +137,8 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `simulate`."""
-    from moe_runtime.bench import plots, report
 
-    report.check_writable(args.save_result)
-    plots.check_plottable(args.plot)
+    check_result_arguments(args)
     if args.validate and args.measured:
         raise ConfigError("give --validate or --measured, not both")
     if args.cpu_kernels and not args.measured:

@@ -6,7 +6,6 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -14,9 +13,8 @@ from moe_kernels.huge_pages import advise_huge_pages
 from moe_kernels.native.library import native_function
 from moe_runtime.bench.kernels.cases import turns_past_cache
 from moe_runtime.bench.kernels.timing import interleaved_medians
+from moe_runtime.bench.machine import CPUS, LAST_LEVEL, last_level_cache
 
-_CPUS = Path("/sys/devices/system/cpu")
-_CACHE = "cache/index3"  # of a core: the last level
 _DEFAULT_CACHE = 32 << 20  # where the system does not say
 _READ_BYTES = 64 << 20  # of one call
 # (runs side by side, bytes fetched ahead): which is fastest depends on the CPU.
@@ -27,14 +25,13 @@ _MATRIX = 1024
 @functools.cache
 def cache_bytes() -> int:
     """Bytes of the last-level cache that a core can use."""
-    size = _CPUS / "cpu0" / _CACHE / "size"
-    text = size.read_text().strip() if size.exists() else ""
+    text = last_level_cache() or ""
     return int(text.removesuffix("K")) << 10 if text.endswith("K") else _DEFAULT_CACHE
 
 
 def num_caches() -> int:
     """Last-level caches of the cores that this process may use; 1 where the system does not say."""
-    sharers = (_CPUS / f"cpu{cpu}" / _CACHE / "shared_cpu_list" for cpu in os.sched_getaffinity(0))
+    sharers = (CPUS / f"cpu{cpu}" / LAST_LEVEL / "shared_cpu_list" for cpu in os.sched_getaffinity(0))
     return len({file.read_text() for file in sharers if file.exists()}) or 1
 
 

@@ -23,6 +23,18 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="PREFIX", help="draw the results into PREFIX.png and PREFIX.svg")
 
 
+def check_result_arguments(args: argparse.Namespace) -> None:
+    """Refuse --save-result and --plot that cannot be written, before minutes are spent on what goes into them.
+
+    Raises:
+        ConfigError: a directory does not exist, or matplotlib is not installed.
+    """
+    from moe_runtime.bench import plots, report
+
+    report.check_writable(args.save_result)
+    plots.check_plottable(args.plot)
+
+
 def add_random_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     """--random-checkpoint, instead of MODEL."""
     parser.add_argument(

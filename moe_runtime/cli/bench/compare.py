@@ -8,6 +8,7 @@ from typing import Any
 from moe_runtime.cli.bench.common import (
     add_random_checkpoint_argument,
     add_result_arguments,
+    check_result_arguments,
     given_workload,
     measured_model,
     numbers,
@@ -91,11 +92,10 @@ def _add_peer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `bench compare`; 1 if a peer failed after it had begun."""
-    from moe_runtime.bench import compare_options, compare_rates, plots, report
+    from moe_runtime.bench import compare_options, compare_rates, report
     from moe_runtime.bench.compare import run_compare
 
-    report.check_writable(args.save_result)
-    plots.check_plottable(args.plot)
+    check_result_arguments(args)
     workload = given_workload(compare_options.CompareWorkload, args)
     timeout = {} if args.peer_timeout_s is None else {"timeout_s": args.peer_timeout_s}
     options = compare_options.PeerOptions(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from moe_runtime.cli.bench.common import add_result_arguments
+from moe_runtime.cli.bench.common import add_result_arguments, check_result_arguments
 from moe_runtime.errors import ConfigError
 
 
@@ -53,20 +52,12 @@ def add_parser(benchmarks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `bench kernels`."""
-    from moe_runtime.bench import plots, report
+    from moe_runtime.bench import report
 
     _check(args)
-    report.check_writable(args.save_result)
-    plots.check_plottable(args.plot)
+    check_result_arguments(args)
     result = _measure(args)
-    if args.json:
-        line = json.dumps(result.to_dict())
-        print(line, flush=True)
-        if args.save_result is not None:
-            with open(args.save_result, "w") as file:
-                file.write(line + "\n")
-    else:
-        report.publish(result, args.save_result)
+    report.publish(result, args.save_result, json_alone=args.json)
     if args.plot is not None:
         from moe_runtime.bench.kernels.figure import draw
 

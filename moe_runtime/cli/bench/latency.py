@@ -8,6 +8,7 @@ from typing import Any
 from moe_runtime.cli.bench.common import (
     add_random_checkpoint_argument,
     add_result_arguments,
+    check_result_arguments,
     given_workload,
     measured_model,
 )
@@ -38,10 +39,9 @@ def add_parser(benchmarks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `bench latency`."""
-    from moe_runtime.bench import latency, plots, report
+    from moe_runtime.bench import latency, report
 
-    report.check_writable(args.save_result)
-    plots.check_plottable(args.plot)
+    check_result_arguments(args)
     workload = given_workload(latency.LatencyWorkload, args)
     llm_args = llm_arguments(args)
     with measured_model(llm_args.pop("model"), args.random_checkpoint) as model:

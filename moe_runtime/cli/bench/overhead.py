@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moe_runtime.cli.bench.common import add_result_arguments, numbers
+from moe_runtime.cli.bench.common import add_result_arguments, check_result_arguments, numbers
 
 
 def add_parser(benchmarks: Any) -> None:
@@ -29,10 +29,9 @@ def add_parser(benchmarks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `bench overhead`."""
-    from moe_runtime.bench import overhead, plots, report
+    from moe_runtime.bench import overhead, report
 
-    report.check_writable(args.save_result)
-    plots.check_plottable(args.plot)
+    check_result_arguments(args)
     given = {
         "num_seqs": args.num_seqs,
         "vocab_sizes": args.vocab_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moe_runtime.cli.bench.common import add_result_arguments, given_workload, numbers
+from moe_runtime.cli.bench.common import add_result_arguments, check_result_arguments, given_workload, numbers
 from moe_runtime.cli.engine_args import add_engine_arguments, add_model_arguments, llm_arguments
 from moe_runtime.errors import ConfigError
 
@@ -40,12 +40,11 @@ def add_parser(benchmarks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `bench routing`."""
-    from moe_runtime.bench import plots, report
+    from moe_runtime.bench import report
     from moe_runtime.bench.routing.run import RoutingWorkload, run_routing
 
-    report.check_writable(args.save_result)
+    check_result_arguments(args)
     report.check_writable(args.save_trace, "--save-trace")
-    plots.check_plottable(args.plot)
     workload = given_workload(RoutingWorkload, args)
     llm_args = llm_arguments(args)
     model = llm_args.pop("model")

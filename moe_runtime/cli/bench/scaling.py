@@ -8,6 +8,7 @@ from typing import Any
 from moe_runtime.cli.bench.common import (
     add_random_checkpoint_argument,
     add_result_arguments,
+    check_result_arguments,
     given_workload,
     measured_model,
     numbers,
@@ -69,14 +70,13 @@ def _add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `bench scaling`."""
-    from moe_runtime.bench import plots, report
+    from moe_runtime.bench import report
     from moe_runtime.bench.scaling.markdown import write_markdown
     from moe_runtime.bench.scaling.run import run_scaling
     from moe_runtime.bench.scaling.workload import ScalingWorkload
 
-    report.check_writable(args.save_result)
+    check_result_arguments(args)
     report.check_writable(args.report, "--report")
-    plots.check_plottable(args.plot)
     workload = given_workload(ScalingWorkload, args)
     llm_args = llm_arguments(args)
     if llm_args.pop("expert_parallel_size", None) is not None:

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from moe_runtime.cli.bench.common import add_result_arguments, decimals
+from moe_runtime.cli.bench.common import add_result_arguments, check_result_arguments, decimals
 from moe_runtime.cli.client_args import KEY_VARIABLES, given_api_key
 from moe_runtime.errors import ConfigError
 
@@ -78,11 +78,10 @@ def add_parser(benchmarks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `bench serve`."""
-    from moe_runtime.bench import plots, report
+    from moe_runtime.bench import report
     from moe_runtime.bench.serving.serve import run_serve
 
-    report.check_writable(args.save_result)
-    plots.check_plottable(args.plot)
+    check_result_arguments(args)
     workload = _workload(args)
     base_url = args.base_url or f"http://{args.host}:{args.port}"
     measured = run_serve(base_url, args.model, given_api_key(args), workload)

@@ -8,6 +8,7 @@ from typing import Any
 from moe_runtime.cli.bench.common import (
     add_random_checkpoint_argument,
     add_result_arguments,
+    check_result_arguments,
     given_workload,
     measured_model,
 )
@@ -39,12 +40,11 @@ def add_parser(benchmarks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `bench startup`."""
-    from moe_runtime.bench import plots, report
+    from moe_runtime.bench import report
     from moe_runtime.bench.startup.run import AIMS, StartupWorkload, run_startup
     from moe_runtime.config import EngineConfig
 
-    report.check_writable(args.save_result)
-    plots.check_plottable(args.plot)
+    check_result_arguments(args)
     workload = given_workload(StartupWorkload, args)
     llm_args = llm_arguments(args)
     model_args = {name: llm_args.pop(name) for name in ("model", "revision", "model_class")}

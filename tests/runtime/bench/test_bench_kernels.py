@@ -230,7 +230,7 @@ def test_many_threads_read_more_than_all_their_caches_hold(
         cache = tmp_path / f"cpu{core}" / "cache" / "index3"
         cache.mkdir(parents=True)
         (cache / "shared_cpu_list").write_text(f"{sharers}\n")
-    monkeypatch.setattr(cpu_limits, "_CPUS", tmp_path)
+    monkeypatch.setattr(cpu_limits, "CPUS", tmp_path)
     monkeypatch.setattr(cpu_limits, "_READ_BYTES", 1 << 10)
     monkeypatch.setattr(cpu_limits, "cache_bytes", lambda: 1 << 10)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
