@@ -8,9 +8,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from unittest import mock
 
 import psutil
 import ray
+import ray._private.utils
 from ray._private.services import get_ray_address_from_environment
 
 from moe_runtime.errors import ConfigError, RayStartError
@@ -39,7 +41,6 @@ def ensure_ray(*, must_outlive_us: bool = False) -> bool:
     """
     if ray.is_initialized():
         return False
-    handler = signal.getsignal(signal.SIGTERM)
     try:
         address = _find_cluster()
         if address is None and must_outlive_us:
@@ -53,9 +54,6 @@ def ensure_ray(*, must_outlive_us: bool = False) -> bool:
         if must_outlive_us:
             raise ConfigError(_NO_CLUSTER) from error
         _init_ray("local")
-    if threading.current_thread() is threading.main_thread():
-        # Ray has put a handler of its own there, which dumps its stack on SIGTERM.
-        signal.signal(signal.SIGTERM, handler if callable(handler) else exit_on_signal)
     return True
 
 
@@ -102,7 +100,7 @@ def _init_ray(address: str) -> None:
     ours = psutil.Process()
     before = ours.children(recursive=True)
     try:
-        with _interrupts_wait():
+        with _signals_wait():
             ray.init(address=address, include_dashboard=False, logging_level="error")
     except BaseException as error:
         started = set(ours.children(recursive=True)).difference(before)
@@ -121,28 +119,38 @@ def _init_ray(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Raise the KeyboardInterrupt of a first Ctrl-C at the end of the context; a second one at once.
+def _signals_wait() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM do what they do only at the end of the context; a second Ctrl-C does it at once.
 
     An exception in the middle of `ray.init` crashes in Ray's native code now and then, and one in a process
-    that Ray has forked prints a trace.
+    that Ray has forked prints a trace. Ray's own handler of SIGTERM ends what it has started by then, but not the
+    agents that those have started; and a server that its client's death ends gets one SIGTERM for each thread.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came = False
+    came: list[int] = []
 
     def wait(signum: int, frame: FrameType | None) -> None:
-        nonlocal came
-        if came:
+        if signum == signal.SIGINT and signum in came:
             raise KeyboardInterrupt
-        came = True
+        came.append(signum)
 
-    signal.signal(signal.SIGINT, wait)
+    interrupt, terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    if terminate == signal.SIG_DFL:
+        terminate = exit_on_signal
+    handlers = {
+        number: handler
+        for number, handler in ((int(signal.SIGINT), interrupt), (int(signal.SIGTERM), terminate))
+        if callable(handler)
+    }
+    for number in handlers:
+        signal.signal(number, wait)
     try:
-        yield
+        with mock.patch.object(ray._private.utils, "set_sigterm_handler"):
+            yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if came:
-            raise KeyboardInterrupt
+            handlers[came[0]](came[0], None)

@@ -13,6 +13,7 @@ import pytest
 
 from moe_runtime import connecting
 from moe_runtime.errors import ConfigError, RayStartError
+from moe_runtime.signals import exit_on_signal
 
 
 @pytest.fixture
@@ -81,11 +82,11 @@ def test_what_ray_raises_while_it_starts_comes_out_as_one_line(monkeypatch: pyte
     assert ended == ["ray"]
 
 
-def _interrupted(times: int, then: Callable[[], None]) -> None:
-    """Get Ctrl-C so many times where interrupts wait, and go on."""
-    with connecting._interrupts_wait():
+def _interrupted(times: int, then: Callable[[], None], by: signal.Signals = signal.SIGINT) -> None:
+    """Get a signal so many times where signals wait, and go on."""
+    with connecting._signals_wait():
         for _ in range(times):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), by)
         then()
 
 
@@ -114,11 +115,32 @@ def test_a_second_interrupt_comes_at_once() -> None:
     assert reached == []
 
 
+@pytest.mark.parametrize("before", [signal.SIG_DFL, exit_on_signal])
+def test_sigterm_waits_however_often_it_comes(before: Callable[..., object] | signal.Handlers) -> None:
+    handler, reached = signal.signal(signal.SIGTERM, before), list[str]()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            _interrupted(3, lambda: reached.append("the end"), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is exit_on_signal
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert (ended.value.code, reached) == (128 + signal.SIGTERM, ["the end"])
+
+
+def test_an_ignored_sigterm_stays_ignored() -> None:
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        _interrupted(1, lambda: None, signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def test_other_threads_leave_the_handler_alone() -> None:
     seen = []
 
     def enter() -> None:
-        with connecting._interrupts_wait():
+        with connecting._signals_wait():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=enter)

@@ -260,4 +260,5 @@ def test_a_signal_while_the_demo_starts_leaves_nothing(
         )
         end(program)
         assert program.finish() == status
-        program.assert_left_nothing()
+        # A signal waits for the end of Ray's start.
+        program.assert_left_nothing(timeout_s=60)
