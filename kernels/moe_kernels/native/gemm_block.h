@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "gemm_quads.h"
 #include "gemm_tile.h"
 #include "scratch.h"
 
@@ -11,10 +12,8 @@ namespace {
 
 constexpr int64_t BLOCK = 32;       // rows of weights that go through the cache together
 constexpr int64_t ROWS_CHUNK = 48;  // rows of activations whose sums are kept at once
-/* Sums are cut here whatever T is, so that a row's result does not depend on the rows beside it. */
-constexpr int64_t DEPTH = 2048;
-/* From how many rows on it pays to convert weights once instead of in each tile. */
-constexpr int64_t CONVERT_ROWS = 9;
+/* From how many rows on it pays to convert weights once instead of in each tile, and to pack those that need no more. */
+constexpr int64_t CONVERT_ROWS = 9, PACK_ROWS = 20;
 /* How far ahead of their use weights are fetched at least: memory's latency times what a core reads in it, and more. */
 constexpr int64_t AHEAD_BYTES = 8192;
 
@@ -46,13 +45,20 @@ inline void copy_row(const From *from, int64_t depth, X *to) {
 template <class W, class X>
 class Block {
    public:
-    /* What a block's converted weights need. */
-    static int64_t panel_size(int64_t depth) { return CONVERSION_PAYS<W, X> ? BLOCK * padded<X>(depth) : 0; }
+    /* What a block's converted or packed weights need. */
+    static int64_t panel_size(int64_t depth) {
+        if constexpr (Packed<X>::EXISTS) return Packed<X>::size(BLOCK, depth);
+        return CONVERSION_PAYS<W, X> ? BLOCK * padded<X>(depth) : 0;
+    }
 
     /* `next` are the weights that are wanted after these. */
     Block(const W *weights, int64_t count, int64_t depth, int64_t num_rows, X *panel, const W *next)
         : weights_(weights), next_(next), count_(count), depth_(depth) {
-        if (CONVERSION_PAYS<W, X> && num_rows >= CONVERT_ROWS) {
+        if constexpr (Packed<X>::EXISTS) {
+            if (num_rows < (CONVERSION_PAYS<W, X> ? CONVERT_ROWS : PACK_ROWS)) return;
+            panel_ = panel;
+            Packed<X>::pack(weights, count, depth, panel);
+        } else if (CONVERSION_PAYS<W, X> && num_rows >= CONVERT_ROWS) {
             panel_ = panel;
             for (int64_t n = 0; n < count; n++) copy_row(weights + n * depth, depth, panel + n * padded<X>(depth));
         }
@@ -60,10 +66,12 @@ class Block {
 
     /* sums[t * sums_stride + n] = w_n . x_t; `sums` has room for a multiple of N columns. */
     void multiply(const X *const *x, int64_t num_rows, float *sums, int64_t sums_stride) {
-        if (panel_)
-            multiply_with<X>(panel_, padded<X>(depth_), x, num_rows, sums, sums_stride);
-        else
+        if (!panel_)
             multiply_with<W>(weights_, depth_, x, num_rows, sums, sums_stride);
+        else if constexpr (Packed<X>::EXISTS)
+            Packed<X>::multiply(panel_, count_, depth_, x, num_rows, sums, sums_stride, next_);
+        else
+            multiply_with<X>(panel_, padded<X>(depth_), x, num_rows, sums, sums_stride);
     }
 
    private:
@@ -71,16 +79,12 @@ class Block {
     void multiply_with(const Weight *w, int64_t stride, const X *const *x, int64_t num_rows, float *sums,
                        int64_t sums_stride) {
         const int64_t at_once = num_rows <= RUN_ROWS ? RUN_ROWS : MAX_ROWS;
-        for (int64_t offset = 0; offset == 0 || offset < depth_; offset += DEPTH) {
-            const Part part{offset, depth_ - offset < DEPTH ? depth_ - offset : DEPTH};
-            int64_t row = 0;
-            for (int64_t groups = (num_rows + at_once - 1) / at_once; groups > 0; groups--) {
-                const int64_t rows = (num_rows - row + groups - 1) / groups;
+        for_parts(depth_, [&](Part part) {
+            for_row_groups(num_rows, at_once, [&](int64_t row, int64_t rows) {
                 const auto multiply = at_once == RUN_ROWS ? run_of<Weight>(rows) : tile_of<Weight>(rows);
                 multiply_rows(multiply, w, stride, part, x + row, sums + row * sums_stride, sums_stride);
-                row += rows;
-            }
-        }
+            });
+        });
     }
 
     template <class Weight>
