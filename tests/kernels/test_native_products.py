@@ -54,7 +54,16 @@ def weight(
 @pytest.mark.parametrize(
     ("rows", "features", "depth"),
     # Whole tiles of every kind and what is left over of each: rows in twos of 16, features in 32, depth in 32 and 128.
-    [(1, 32, 64), (1, 7, 3), (5, 48, 160), (16, 64, 2080), (17, 33, 100), (53, 96, 257), (300, 40, 96)],
+    [
+        (1, 32, 64),
+        (1, 7, 3),
+        (5, 48, 160),
+        (16, 64, 2080),
+        (17, 33, 100),
+        (53, 96, 257),
+        (24, 20, 4132),
+        (300, 40, 96),
+    ],
 )
 def test_linear(
     rows: int, features: int, depth: int, level: str, x_dtype: torch.dtype, w_dtype: torch.dtype
