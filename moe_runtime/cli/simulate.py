@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.cli.bench.common import add_result_arguments, check_result_arguments, numbers
@@ -64,6 +62,12 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--network-gbps", type=float, metavar="GBIT/S", help="of a GPU's card (default: 400)")
     group.add_argument(
         "--exchange-us", type=float, metavar="US", help="of a dispatch or combine without its bytes"
+    )
+    group.add_argument(
+        "--network-latency-us",
+        type=float,
+        metavar="US",
+        help="of one more node in an all_gather or all_to_all (default: 5)",
     )
 
 
@@ -159,9 +163,9 @@ def _validate(args: argparse.Namespace) -> None:
 
     print("\n".join(assumptions()))
     found = run_validation()
-    if args.plot:
-        _print_written(draw_validation(found.results, args.plot))
     report.publish(found, args.save_result)
+    if args.plot:
+        draw_validation(found.results, args.plot)
 
 
 def _compare_measured(args: argparse.Namespace) -> None:
@@ -173,9 +177,9 @@ def _compare_measured(args: argparse.Namespace) -> None:
 
     thread = read_cpu_thread(args.cpu_kernels) if args.cpu_kernels else CPU_THREAD
     found = run_measured(args.measured, thread)
-    if args.plot:
-        _print_written(draw_measured(found.results, args.plot))
     report.publish(found, args.save_result)
+    if args.plot:
+        draw_measured(found.results, args.plot)
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -190,17 +194,12 @@ def _sweep(args: argparse.Namespace) -> None:
     facts = _facts(deployment, workload, args)
     published = sweep.report(points, workload, facts)
     print(published.workload["verdict"])
+    report.publish(published, args.save_result)
     if args.plot:
         title = (
             f"{deployment.model.name} on {deployment.hardware.name}, {workload.phase}, {args.routing} routing"
         )
-        _print_written(draw(points, title, args.plot))
-    report.publish(published, args.save_result)
-
-
-def _print_written(paths: Sequence[Path]) -> None:
-    for path in paths:
-        print(f"wrote {path}")
+        draw(points, title, args.plot)
 
 
 def _deployment(args: argparse.Namespace, phase: str) -> Deployment:
@@ -225,6 +224,7 @@ def _deployment(args: argparse.Namespace, phase: str) -> Deployment:
         nvlink_gb_s=args.nvlink_gb_s,
         network_gbps=args.network_gbps,
         exchange_us=args.exchange_us,
+        network_latency_us=args.network_latency_us,
     )
     kind = args.dispatch or ("all_to_all" if phase == "prefill" else "all_gather")
     return Deployment(

@@ -49,6 +49,7 @@ class Hardware:
         nvlink_gb_s: float | None = None,
         network_gbps: float | None = None,
         exchange_us: float | None = None,
+        network_latency_us: float | None = None,
     ) -> Hardware:
         """The same with other links.
 
@@ -56,6 +57,7 @@ class Hardware:
             nvlink_gb_s: GB/s of a GPU's NVLink, one way.
             network_gbps: Gb/s of a GPU's network card.
             exchange_us: microseconds of an exchange or a collective, without its bytes and peers.
+            network_latency_us: microseconds that each further node adds to a collective.
 
         Raises:
             ConfigError: one of them is not above 0.
@@ -65,6 +67,7 @@ class Hardware:
             ("--nvlink-gb-s", nvlink_gb_s),
             ("--network-gbps", network_gbps),
             ("--exchange-us", exchange_us),
+            ("--network-latency-us", network_latency_us),
         ):
             if value is not None and not value > 0:
                 raise ConfigError(f"{flag} must be above 0, got {value}")
@@ -75,6 +78,8 @@ class Hardware:
             out = replace(out, bytes_per_s=network_gbps * GB / 8)
         if exchange_us is not None:
             reached = replace(reached, exchange_s=exchange_us / 1e6, collective_s=exchange_us / 1e6)
+        if network_latency_us is not None:
+            reached = replace(reached, hop_s=network_latency_us / 1e6)
         return replace(
             self,
             scale_up=up,

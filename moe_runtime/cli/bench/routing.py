@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     made, trace = run_routing(model, workload, llm_args)
     if args.save_trace is not None:
         trace.save(args.save_trace)
+    report.publish(made, args.save_result)
     if args.plot is not None:
         from moe_runtime.bench.routing.figure import draw
 
         draw(trace, made.results, args.plot)
-    report.publish(made, args.save_result)
     return 0

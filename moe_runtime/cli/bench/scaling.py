@@ -83,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("bench scaling takes --expert-parallel-sizes N,N,..., not --expert-parallel-size")
     with measured_model(llm_args.pop("model"), args.random_checkpoint) as model:
         made = run_scaling(model, workload, llm_args, args.replay_routing)
+    report.publish(made, args.save_result)
     if args.plot is not None:
         from moe_runtime.bench.scaling.figure import draw
 
         draw(made.results, args.plot)
     if args.report is not None:
         write_markdown(made, args.report, args.plot)
-    report.publish(made, args.save_result)
     return 0

@@ -87,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
     measured = run_serve(base_url, args.model, given_api_key(args), workload)
     for warning in measured.warnings:
         print(f"moe-runtime: warning: {warning}", file=sys.stderr)
+    report.publish(measured.report, args.save_result)
     if args.plot is not None:
         from moe_runtime.bench.serving.figure import plot_run
 
         title = f"{measured.report.workload['model']}, {workload.dataset_name}, {workload.endpoint}"
         plot_run(measured.records, measured.metrics.duration_s, title, args.plot)
-    report.publish(measured.report, args.save_result)
     return 1 if measured.metrics.failed else 0
 
 

@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
     EngineConfig.from_kwargs(llm_args)  # refused here rather than by the first process
     with measured_model(model_args.pop("model"), args.random_checkpoint) as model:
         result = run_startup(model, workload, {**model_args, **llm_args})
+    report.publish(result, args.save_result)
     if args.plot is not None:
         from moe_runtime.bench.startup.figure import plot_startup
 
         plot_startup(result.results, workload.mode, AIMS[workload.mode], args.plot)
-    report.publish(result, args.save_result)
     return 0

@@ -171,15 +171,29 @@ def test_validation_states_its_errors(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_published_figures_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    report, shown = _run(capsys, "--validate", "--plot", str(tmp_path / "validation"))
+    report, _ = _run(capsys, "--validate", "--plot", str(tmp_path / "validation"))
 
-    assert f"wrote {tmp_path / 'validation'}.svg" in shown
     assert (tmp_path / "validation.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "validation.svg").read_text()  # texts are paths, with the words in comments
     for result in report["results"]:
         assert f"<!-- {result['figure']} -->" in drawn
         for name in ("published", "predicted", "calibrated"):
             assert f"<!-- {result[f'{name}_tokens_per_s_per_gpu']:,.0f} -->" in drawn
+
+
+def test_latencies_lengthen_the_exchanges_that_they_are_part_of(capsys: pytest.CaptureFixture[str]) -> None:
+    def step_ms(ep_size: int, *flags: str) -> float:
+        sizes = ("--expert-parallel-sizes", str(ep_size), "--batch-per-gpu", "8")
+        return float(_run(capsys, *sizes, *flags)[0]["results"][0]["step_ms"])
+
+    exchanges = 2 * 48  # dispatch and combine of each layer
+    for ep_size, flag, more_us, times in (
+        (8, "--exchange-us", 30 - 20, 1),
+        (8, "--network-latency-us", 30 - 5, 0),
+        (32, "--network-latency-us", 30 - 5, 3),  # one for each node but the first
+    ):
+        longer = step_ms(ep_size, flag, "30") - step_ms(ep_size)
+        assert longer == pytest.approx(exchanges * times * more_us / 1e3, abs=0.02)
 
 
 def test_measured_kernels_take_the_rooflines_place_where_they_were_measured(tmp_path: Path) -> None:
@@ -215,6 +229,7 @@ def test_measured_kernels_take_the_rooflines_place_where_they_were_measured(tmp_
         (["--routing", "nowhere.npz"], "--routing must be uniform, zipf:SKEW or the path of a trace"),
         (["--expert-parallel-sizes", "8,12"], "expert_parallel_size=12 is no multiple of 8 GPUs a node"),
         (["--exchange-us", "0"], "--exchange-us must be above 0, got 0.0"),
+        (["--network-latency-us", "-1"], "--network-latency-us must be above 0, got -1.0"),
         (["--network-gbps", "0"], "--network-gbps must be above 0, got 0.0"),
         (["--redundant-experts", "-1"], "--redundant-experts must be at least 0, got -1"),
         (["--batch-per-gpu", "0"], "--batch-per-gpu must be at least 1, got 0"),
