@@ -56,8 +56,8 @@ class BatchBuilder:
         self._rewrite_stamps: list[int] = []
         self._counts: list[int] = []
 
-    def build(self, step: ScheduledStep) -> ForwardBatch:
-        """The step's batch; a step without entries gives T = B = 0."""
+    def build(self, step: ScheduledStep, wanted_N: torch.Tensor | None = None) -> ForwardBatch:
+        """The step's batch; a step without entries gives T = B = 0. `wanted_N` as the batch has it."""
         decodes, chunks, size = step.decodes, step.chunks, self._block_size
         num_decodes, num_seqs = len(decodes), len(decodes) + len(chunks)
         num_tokens = step.num_tokens
@@ -112,6 +112,7 @@ class BatchBuilder:
                     for checkpoint in chunk.checkpoints
                 ]
             ),
+            wanted_N=wanted_N,
         )
 
     def _kv_slots(self, rows: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:

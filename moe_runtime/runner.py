@@ -64,12 +64,16 @@ class Runner:
             copy_blocks(self._caches, step.block_copies)
         sampling = SamplingBatch(tuple([_sampling_row(sequence) for sequence in step.sampled]))
         masks = self._start_masks(step, sampling) if sampling.structured else None
-        batch = self._batches.build(step)
-        hidden_TH = self._model(batch, self._caches, dispatcher)
-        prompts = self._prompt_logprobs(step, hidden_TH) if step.chunks else {}
+        rows_N = self._sampled_rows(step) if step.chunks else None
+        wants_prompts = any(c.sequence.request.params.prompt_logprobs is not None for c in step.chunks)
+        batch = self._batches.build(step, None if wants_prompts else rows_N)
+        hidden = self._model(batch, self._caches, dispatcher)
+        prompts = self._prompt_logprobs(step, hidden) if wants_prompts else {}
         if not step.sampled:
             return StepResult([], [], prompts)
-        logits_NV = self._model.compute_logits(self._last_rows(step, hidden_TH))
+        if rows_N is not None and hidden.shape[0] != rows_N.shape[0]:
+            hidden = hidden[rows_N]
+        logits_NV = self._model.compute_logits(hidden)
         if masks is None:
             sampled = self._sampler(logits_NV, sampling)
             return StepResult(sampled.token_ids, sampled.logprobs, prompts)
@@ -98,17 +102,15 @@ class Runner:
         failed |= {step.sampled[row]: _no_token_left() for row in sampled.stuck}
         return StepResult(sampled.token_ids, sampled.logprobs, prompts, failed)
 
-    def _last_rows(self, step: ScheduledStep, hidden_TH: torch.Tensor) -> torch.Tensor:
-        """The rows of `step.sampled`: each decode's one token, and the last token of each finished prompt."""
-        if not step.chunks:
-            return hidden_TH
+    def _sampled_rows(self, step: ScheduledStep) -> torch.Tensor:
+        """The tokens of `step.sampled`: each decode's one, and the last one of each finished prompt."""
         rows = list(range(step.num_decodes))
         end = step.num_decodes
         for chunk in step.chunks:
             end += chunk.num_tokens
             if chunk.needs_logits:
                 rows.append(end - 1)
-        return hidden_TH[torch.tensor(rows, device=self._device)]
+        return torch.tensor(rows, dtype=torch.int64, device=self._device)
 
     def _prompt_logprobs(
         self, step: ScheduledStep, hidden_TH: torch.Tensor

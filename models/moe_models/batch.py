@@ -1,6 +1,6 @@
 """ForwardBatch: what one rank computes in one step, as packed tokens of many sequences.
 
-Shape legend: T tokens of this rank in the step, B sequences, M block-table width.
+Shape legend: T tokens of this rank in the step, N of them wanted, B sequences, M block-table width.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class ForwardBatch:
     # (index in B, n, slot): the sequence's state after its first n tokens of this step is written to slot, too.
     # Only of sequences after the decodes, in order of B and n; no slot is another's.
     state_checkpoints: tuple[tuple[int, int, int], ...] = ()
+    # int64 [N], ascending: the tokens whose hidden states are wanted, such as the last one of each prompt; None: all.
+    wanted_N: torch.Tensor | None = None
     # What the kernels need of the above; one object for all layers, since it keeps what they derive from it.
     sequences: PackedSequences = field(init=False, repr=False)
 

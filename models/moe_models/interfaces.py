@@ -67,6 +67,8 @@ Recorder = Callable[[torch.Tensor], None]
 def recorder_of(dispatcher: TokenDispatcher) -> Recorder | None:
     """Who is told the experts that all layers chose, int64 [layers, T, K], if they may compute without the dispatcher.
 
+    -1 stands where a layer had no need of a token.
+
     They may where tokens stay where they are and ids are local ids; a dispatcher of that kind has a `recorder`.
     """
     return getattr(dispatcher, "recorder", None)
@@ -219,7 +221,7 @@ class CausalLM(nn.Module, ABC):
     def forward(
         self, batch: ForwardBatch, caches: tuple[LayerCache, ...], dispatcher: TokenDispatcher
     ) -> torch.Tensor:
-        """Hidden states after the final norm, [T, H]. Updates the caches in place."""
+        """Hidden states after the final norm, of all tokens or of `batch.wanted_N` alone; updates the caches."""
 
     @abstractmethod
     def compute_logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:

@@ -229,13 +229,13 @@ class Qwen3NextForCausalLM(CausalLM):
             decoder = self._decoder.get(caches, lambda: self._make_decoder(caches))
             record = recorder_of(dispatcher)
             if decoder is not None and record is not None:
-                hidden_TH, ids_MTK = decoder(batch.token_ids_T, step)
+                hidden_NH, ids_MTK = decoder(batch.token_ids_T, step, batch.wanted_N)
                 record(ids_MTK)
-                return hidden_TH
+                return hidden_NH
         x_TH = self.embed_tokens(batch.token_ids_T)
         for layer, cache in zip(self.layers, caches, strict=True):
             x_TH = layer(x_TH, cos_TR, sin_TR, batch, cache, dispatcher, step)
-        return self.norm(x_TH)
+        return self.norm(x_TH if batch.wanted_N is None else x_TH[batch.wanted_N])
 
     def _make_decoder(self, caches: tuple[LayerCache, ...]) -> blocks.DecoderBlock | None:
         """All but the head in one call, if each layer has experts that this can compute."""

@@ -126,14 +126,18 @@ class _CountingDispatcher:
         dispatched = self._inner.dispatch(x_TH, topk_ids_TK, topk_weights_TK)
         ids = dispatched.local_ids_GK.reshape(-1)
         row = self._counts[self._layer]
-        column = torch.where(ids < 0, row.shape[0] - 1, ids)
-        row.scatter_add_(0, column, torch.ones_like(column))
+        _count(row[None], ids[None])
         self._layer += 1
         return dispatched
 
     def _record(self, ids_MTK: torch.Tensor) -> None:
-        ids = ids_MTK.flatten(1)
-        self._counts.scatter_add_(1, ids, torch.ones_like(ids))
+        _count(self._counts, ids_MTK.flatten(1))
 
     def combine(self, y_GH: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         return self._inner.combine(y_GH, dispatched)
+
+
+def _count(counts: torch.Tensor, ids: torch.Tensor) -> None:
+    """Add each layer's choices to its row of counts, those of nobody here to the last column."""
+    columns = torch.where(ids < 0, counts.shape[1] - 1, ids)
+    counts.scatter_add_(1, columns, torch.ones_like(columns))

@@ -106,15 +106,25 @@ class Harness:
 
         A name seen for the first time is a new sequence. No sequence at all is a step without tokens.
         """
+        names = self._in_order(tokens)
+        batch = self.batch(tokens)
+        logprobs_TV = self.forward(batch)
+        return dict(zip(names, logprobs_TV.split(list(batch.query_lens)), strict=True))
+
+    def batch(self, tokens: Mapping[str, Sequence[int]]) -> ForwardBatch:
+        """Each sequence's next tokens; the sequences are then longer by these."""
+        names = self._in_order(tokens)
+        batch = self._batch(names, tokens)
+        for name in names:
+            self.sequences[name].length += len(tokens[name])
+        return batch
+
+    def _in_order(self, tokens: Mapping[str, Sequence[int]]) -> list[str]:
+        """Decodes first."""
         for name in tokens:
             if name not in self.sequences:
                 self.sequences[name] = CachedSequence(self.free_slots.pop())
-        names = sorted(tokens, key=lambda n: not self._is_decode(n, tokens[n]))
-        batch = self._batch(names, tokens)
-        logprobs_TV = self.forward(batch)
-        for name in names:
-            self.sequences[name].length += len(tokens[name])
-        return dict(zip(names, logprobs_TV.split(list(batch.query_lens)), strict=True))
+        return sorted(tokens, key=lambda n: not self._is_decode(n, tokens[n]))
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """float32 log-probabilities [T, V]; all work of a step that is the device's alone."""

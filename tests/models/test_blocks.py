@@ -96,6 +96,30 @@ def test_the_load_of_experts_is_counted_either_way(checkpoint: Path) -> None:
     assert counts[0].sum(-1).tolist() == [104 * model.config.num_experts_per_tok] * len(counts[0])
 
 
+@pytest.mark.parametrize("wanted", [[], [0], [5, 11, 29], [29], list(range(30))])
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_wanted_tokens_come_as_they_do_among_all(
+    wanted: list[int], in_one_call: bool, checkpoint: Path
+) -> None:
+    model = load_model(checkpoint, plan=KernelPlan.uniform(COMPILED[0], "tested"))
+    shard = ExpertShard.whole(model.config.num_experts)
+    local = LocalDispatcher if in_one_call else LayerByLayer
+    prompts = {name: random.Random(name).choices(range(1, 199), k=15) for name in "ab"}
+    found, loads = [], []
+    for wanted_N in (None, torch.tensor(wanted, dtype=torch.int64)):
+        load = ExpertLoad(len(model.config.sparse_layers), shard.num_experts, torch.device("cpu"))
+        harness = Harness(model)
+        for tokens, of_step in ((prompts, wanted_N), ({"a": [7], "b": [9]}, None)):
+            harness.dispatcher = load.watch(local(shard))
+            found.append(harness.forward(replace(harness.batch(tokens), wanted_N=of_step)))
+        loads.append(load.tokens_per_expert().sum(1))
+    whole, after_whole, some, after_some = found
+    assert torch.equal(some, whole[wanted])
+    assert torch.equal(after_some, after_whole)
+    last = (len(wanted) if in_one_call else 30) + 2
+    assert loads[1].tolist() == [*loads[0].tolist()[:-1], last * model.config.num_experts_per_tok]
+
+
 def test_layers_without_experts_are_computed_one_by_one(tmp_path: Path) -> None:
     make_variant(tmp_path, "dense_layers")
     plan = KernelPlan.uniform(COMPILED[0], "tested")

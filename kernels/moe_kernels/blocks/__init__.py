@@ -236,8 +236,14 @@ class DecoderBlock:
         assert {layer.router.top_k for layer in layers} == {self._top_k}
         self._run = native_function("moe_decoder", isa)
 
-    def __call__(self, token_ids_T: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden_TH after the last norm, the experts that each layer chose, int64 [layers, T, K]); updates the caches.
+    def __call__(
+        self, token_ids_T: torch.Tensor, step: Step, wanted_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden_NH after the last norm, the experts that each layer chose, int64 [layers, T, K]); updates the caches.
+
+        Args:
+            wanted_N: int64, ascending: the tokens whose hidden states are wanted; None: all. The last layer's experts
+                compute no other; its choices for those are -1.
 
         Raises IndexError if a token is not in the vocabulary.
         """
@@ -246,14 +252,16 @@ class DecoderBlock:
         weights_TK = x.new_empty(num_tokens, self._top_k)
         ids_MTK = torch.empty((self._num_layers, num_tokens, self._top_k), dtype=torch.int64, device="cpu")
         between = structures.Between(*[t.data_ptr() for t in (x, mixed, normed, routed, weights_TK)])
-        pointers = token_ids_T.data_ptr(), byref(between), ids_MTK.data_ptr(), out_TH.data_ptr()
-        status = self._run(_tokens(x, self._eps), byref(self._structure), byref(step.structure), *pointers)
+        wanted = (None, -1) if wanted_N is None else (wanted_N.data_ptr(), wanted_N.shape[0])
+        pointers = byref(between), ids_MTK.data_ptr(), out_TH.data_ptr()
+        given = byref(self._structure), byref(step.structure), token_ids_T.data_ptr(), *wanted
+        status = self._run(_tokens(x, self._eps), *given, *pointers)
         if status == 2:
             raise IndexError(
                 f"token ids from 0 to {self._structure.vocabulary - 1} wanted, got {token_ids_T.tolist()}"
             )
         _check(status, x)
-        return out_TH, ids_MTK
+        return (out_TH if wanted_N is None else out_TH[: wanted_N.shape[0]]), ids_MTK
 
 
 def takes(experts: ExpertWeights) -> bool:

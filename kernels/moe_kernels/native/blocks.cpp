@@ -116,11 +116,12 @@ inline bool take_parts(const Parts &parts) {
     return true;
 }
 
+constexpr int64_t SERIAL_VALUES = 1 << 16;  // with fewer, a thread is done before a second one has woken
+
 /* y += x, for `count` values; on threads where that pays. */
 template <class Y>
 inline void add(const Y *x, Y *y, int64_t count, int64_t threads) {
-    constexpr int64_t SERIAL = 1 << 16;
-    parallel(count < SERIAL ? 1 : threads, [&](Team team) {
+    parallel(count < SERIAL_VALUES ? 1 : threads, [&](Team team) {
         const Range own = team.share(count, WIDTH);
         for (int64_t at = own.begin; at < own.end; at += WIDTH) {
             const int64_t lanes = at_most(WIDTH, own.end - at);
@@ -141,14 +142,26 @@ inline void add_tokens(const Tokens &tokens, void *out) {
 template <class Y>
 inline void combine(const Tokens &tokens, const Y *routed, const Y *gate, const Y *shared, Y *out) {
     const Y *x = static_cast<const Y *>(tokens.x);
-    for (int64_t t = 0; t < tokens.count; t++) {
-        const vec weight = rounded<Y>(sigmoid(broadcast(load_part(gate + t, 1)[0])));
-        for (int64_t h = t * tokens.hidden; h < (t + 1) * tokens.hidden; h += WIDTH) {
-            const int64_t lanes = at_most(WIDTH, (t + 1) * tokens.hidden - h);
-            const vec ours = rounded<Y>(weight * load_part(shared + h, lanes));
-            const vec experts = rounded<Y>(load_part(routed + h, lanes) + ours);
-            store_part(out + h, load_part(x + h, lanes) + experts, lanes);
+    parallel(tokens.count * tokens.hidden < SERIAL_VALUES ? 1 : tokens.threads, [&](Team team) {
+        const Range own = team.share(tokens.count);
+        for (int64_t t = own.begin; t < own.end; t++) {
+            const vec weight = rounded<Y>(sigmoid(broadcast(load_part(gate + t, 1)[0])));
+            for (int64_t h = t * tokens.hidden; h < (t + 1) * tokens.hidden; h += WIDTH) {
+                const int64_t lanes = at_most(WIDTH, (t + 1) * tokens.hidden - h);
+                const vec ours = rounded<Y>(weight * load_part(shared + h, lanes));
+                const vec experts = rounded<Y>(load_part(routed + h, lanes) + ours);
+                store_part(out + h, load_part(x + h, lanes) + experts, lanes);
+            }
         }
+    });
+}
+
+/* Move rows 0, 1, 2 ... to where they are wanted among `count`, with -1 in all others. */
+inline void spread_rows(int64_t *rows, int64_t width, const int64_t *wanted, int64_t num_wanted, int64_t count) {
+    for (int64_t to = count - 1, from = num_wanted - 1; to >= 0; to--) {
+        const bool is_wanted = from >= 0 && wanted[from] == to;
+        for (int64_t k = 0; k < width; k++) rows[to * width + k] = is_wanted ? rows[from * width + k] : -1;
+        from -= is_wanted;
     }
 }
 
@@ -276,11 +289,12 @@ MOE_EXPORT(int64_t, moe_add_experts)
     return 0;
 }
 
-/* out = norm(layers(embedding[token_ids])); `ids` [layers, T, K], the experts that each layer chose. Of the tokens, `x` is not
- * read. Returns 0, 1 if there is no memory, or 2 for a token that is not in the vocabulary. */
+/* out = norm(layers(embedding[token_ids])) of `num_wanted` tokens, ascending; -1: of all. `ids` [layers, T, K], the experts
+ * that each layer chose, -1 where the last one had no need to. Of the tokens, `x` is not read. Returns 0, 1 if there is no
+ * memory, or 2 for a token that is not in the vocabulary. */
 MOE_EXPORT(int64_t, moe_decoder)
-(const Tokens *given, const Decoder *decoder, const Step *step, const int64_t *token_ids, const Between *given_between,
- int64_t *ids, void *out) {
+(const Tokens *given, const Decoder *decoder, const Step *step, const int64_t *token_ids, const int64_t *wanted,
+ int64_t num_wanted, const Between *given_between, int64_t *ids, void *out) {
     Tokens tokens = *given;
     const Between &between = *given_between;
     const int64_t row_size = tokens.hidden * tokens.size();
@@ -298,6 +312,13 @@ MOE_EXPORT(int64_t, moe_decoder)
                             : MOE_NAME(moe_gated_attention)(&tokens, layer.attention, step, between.mixed))
             return 1;
         tokens.x = between.mixed;
+        if (num_wanted >= 0 && i + 1 == decoder->num_layers) {
+            // What comes after this layer's mixer is of no use to other tokens.
+            for (int64_t n = 0; n < num_wanted; n++)
+                memmove(static_cast<char *>(between.mixed) + n * row_size,
+                        static_cast<const char *>(between.mixed) + wanted[n] * row_size, static_cast<size_t>(row_size));
+            tokens.count = num_wanted;
+        }
         if (MOE_NAME(moe_norm_and_route)(&tokens, layer.router, between.normed, ids, between.weights)) return 1;
         if (MOE_NAME(moe_fused_experts)(between.normed, tokens.hidden, tokens.is_bf16, ids, between.weights,
                                         experts.gate_up, experts.down, experts.type, experts.gate_up_scale,
@@ -305,7 +326,8 @@ MOE_EXPORT(int64_t, moe_decoder)
                                         tokens.hidden, experts.intermediate, tokens.threads) ||
             MOE_NAME(moe_add_experts)(&tokens, layer.shared, between.normed, between.routed, between.x))
             return 1;
-        ids += tokens.count * top_k;
+        if (tokens.count < given->count) spread_rows(ids, top_k, wanted, num_wanted, given->count);
+        ids += given->count * top_k;
     }
     tokens.x = between.x;
     tokens.norm(decoder->norm_weight, out);
