@@ -64,7 +64,7 @@ class Block {
         }
     }
 
-    /* sums[t * sums_stride + n] = w_n . x_t; `sums` has room for a multiple of N columns. */
+    /* sums[t * sums_stride + n] = w_n . x_t; `sums` has room for whole tiles. */
     void multiply(const X *const *x, int64_t num_rows, float *sums, int64_t sums_stride) {
         if (!panel_)
             multiply_with<W>(weights_, depth_, x, num_rows, sums, sums_stride);
