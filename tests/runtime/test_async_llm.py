@@ -222,6 +222,7 @@ def test_bursts_of_requests_leave_nothing_behind(llm: AsyncLLM, loop: asyncio.Ab
     assert all(after - before < 32e6 for before, after in zip(first, second, strict=True)), (first, second)
 
 
+@pytest.mark.slow
 def test_a_full_queue_refuses_what_comes_then_and_serves_the_rest(
     ray_session: None, loop: asyncio.AbstractEventLoop
 ) -> None:

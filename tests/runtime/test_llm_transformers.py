@@ -32,10 +32,10 @@ CASES = [
     ("base", 1, "auto"),
     ("equal_heads_odd_experts", 2, "shared_memory"),
     ("dense_layers", 2, "all_to_all"),
-    ("mixed_layer_types", 4, "auto"),
     *[
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("mixed_layer_types", 4, "auto"),
             ("equal_heads_odd_experts", 3, "all_to_all"),
             ("equal_heads_odd_experts", 4, "auto"),
             ("tied_no_renorm", 3, "all_gather"),
@@ -110,6 +110,7 @@ def test_other_layouts_of_the_checkpoint_give_the_same(rewrite: Any, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_within_the_spread_of_transformers_itself(tmp_path: Path) -> None:
     make_variant(tmp_path, "base", seed=5, dtype=torch.bfloat16)
     prompts = _prompts(BASE["vocab_size"])[2:5]

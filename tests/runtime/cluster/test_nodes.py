@@ -56,6 +56,7 @@ def test_ranks_on_two_hosts_meet_over_the_wire_between_them(tmp_path: Path) -> N
         two_hosts.remove_hosts()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.version.cuda is not None, reason="this torch may see a GPU; the scenario needs one without"
 )

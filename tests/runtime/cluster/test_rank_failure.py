@@ -62,6 +62,7 @@ def test_an_exception_in_a_forward_pass_names_its_rank(monkeypatch: pytest.Monke
     assert "failing_run" in message, "the rank's own traceback belongs to it"
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_named_when_its_peers_give_up() -> None:
     with LLM(expert_parallel_size=2, device="cpu", process_group_timeout_s=4, use_tqdm=False) as model:
         pid = model.ranks[1].pid

@@ -28,6 +28,7 @@ def _generate() -> list[str | Path]:
     return [*command, "--expert-parallel-size", "2", "--ignore-eos", "--max-tokens", "4000"]
 
 
+@pytest.mark.slow
 def test_the_end_of_a_with_block_leaves_nothing_to_its_process(tmp_path: Path) -> None:
     with running(tmp_path, [SCENARIOS / "with_block.py"], OWN_RAY) as program:
         program.succeed()
