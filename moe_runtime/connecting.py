@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from unittest import mock
 
 import psutil
 import ray
@@ -146,10 +145,12 @@ def _signals_wait() -> Iterator[None]:
     }
     for number in handlers:
         signal.signal(number, wait)
+    set_by_ray = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
     try:
-        with mock.patch.object(ray._private.utils, "set_sigterm_handler"):
-            yield
+        yield
     finally:
+        ray._private.utils.set_sigterm_handler = set_by_ray
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if came:

@@ -67,9 +67,8 @@ Recorder = Callable[[torch.Tensor], None]
 def recorder_of(dispatcher: TokenDispatcher) -> Recorder | None:
     """Who is told the experts that all layers chose, int64 [layers, T, K], if they may compute without the dispatcher.
 
-    -1 stands where a layer had no need of a token.
-
     They may where tokens stay where they are and ids are local ids; a dispatcher of that kind has a `recorder`.
+    -1 stands where a layer had no need of a token.
     """
     return getattr(dispatcher, "recorder", None)
 

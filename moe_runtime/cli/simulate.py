@@ -141,7 +141,6 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `simulate`."""
-
     check_result_arguments(args)
     if args.validate and args.measured:
         raise ConfigError("give --validate or --measured, not both")

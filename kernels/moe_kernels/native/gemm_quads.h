@@ -66,22 +66,13 @@ inline void pack_quads(const W *const *w, Part part, bf16 *to) {
     }
 }
 
-/* Sums over four lanes: of vectors a to d, whose lanes belong to a row of weights in fours, [row of a quad][quad]. */
-inline vec sum_quads(vec a, vec b, vec c, vec d) {
-    const vec ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
-    const vec cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    return _mm512_castpd_ps(low) + _mm512_castpd_ps(high);
-}
-
 /* sums[r * sums_stride + n] = w[n] . x[r] for packed weights, as `tile` makes them. In each step a line is prefetched from
  * `ahead` on. */
 template <int R>
 inline void quads(const bf16 *packed, const bf16 *const *x, Part part, float *sums, int64_t sums_stride,
                   const char *ahead) {
     using L = Lanes<bf16>;
-    vec of_piece[PIECES][R];
+    vec of_piece[PIECES][R];  // sums so far: [row of a quad][quad]
     const bf16 *row[R];
     for (int r = 0; r < R; r++) row[r] = x[r] + part.offset;
 #pragma GCC unroll 1
@@ -103,7 +94,7 @@ inline void quads(const bf16 *packed, const bf16 *const *x, Part part, float *su
                 for (int q = 0; q < QUADS; q++) sum[r][q] = L::multiply_add(weight[q], activation, sum[r][q]);
             }
         }
-        for (int r = 0; r < R; r++) of_piece[piece][r] = sum_quads(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+        for (int r = 0; r < R; r++) of_piece[piece][r] = sum_in_fours(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
     const __m512i by_row = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     for (int r = 0; r < R; r++) {

@@ -147,14 +147,21 @@ inline void store_part(T *p, vec a, int64_t count) {
 
 #endif
 
-/* The sums across the lanes of four vectors. */
-inline __m128 sum_four(vec a, vec b, vec c, vec d) {
 #ifdef __AVX512F__
+/* Sums of four lanes each: [four lanes][a, b, c, d]. */
+inline vec sum_in_fours(vec a, vec b, vec c, vec d) {
     const vec ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
     const vec cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
     const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
     const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const vec abcd = _mm512_castpd_ps(low) + _mm512_castpd_ps(high);
+    return _mm512_castpd_ps(low) + _mm512_castpd_ps(high);
+}
+#endif
+
+/* The sums across the lanes of four vectors. */
+inline __m128 sum_four(vec a, vec b, vec c, vec d) {
+#ifdef __AVX512F__
+    const vec abcd = sum_in_fours(a, b, c, d);
     const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
 #else
     const vec half = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
