@@ -10,7 +10,7 @@ from moe_kernels.attention import reference
 from moe_kernels.native.library import native_function
 from moe_kernels.sequences import PackedSequences
 
-_MAX_HEAD, _MAX_GROUP = 256, 32  # MAX_HEAD and ROWS of attention.cpp
+_MAX_HEAD, _MAX_GROUP = 256, 32  # MAX_HEAD and ROWS of attention_rows.h
 
 _Pointers = ctypes.c_void_p * 7
 _Strides = ctypes.c_int64 * 5

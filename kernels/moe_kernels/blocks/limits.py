@@ -6,7 +6,7 @@ import torch
 
 from moe_kernels.shapes import KernelShapes
 
-# MAX_KEY of delta.cpp, MAX_HEAD and ROWS of attention.cpp, MAX_EXPERTS of routing.cpp.
+# MAX_KEY of delta.cpp, MAX_HEAD and ROWS of attention_rows.h, MAX_EXPERTS of routing.cpp.
 _MAX_KEY_SIZE, _MAX_HEAD_SIZE, _MAX_GROUP, _MAX_EXPERTS = 256, 256, 32, 4096
 _DTYPES = (torch.float32, torch.bfloat16)
 

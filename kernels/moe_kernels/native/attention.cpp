@@ -1,17 +1,15 @@
 /* Causal attention over paged keys and values, with a running softmax.
  *
- * The query heads that share a key head, for a block of tokens, are the rows of one small problem: ROWS queries of D
- * values against KEYS keys at a time, all as float32 in the first two levels of cache.
+ * The query heads that share a key head, for a block of tokens, are the rows of one small problem: see attention_rows.h.
  */
+#include "attention_rows.h"
 #include "exports.h"
-#include "simd.h"
 #include "threads.h"
 
 namespace {
 
-constexpr int64_t ROWS = 32, KEYS = 16, MAX_HEAD = 256;
-constexpr int K_BLOCK = 4;
-constexpr int64_t SERIAL_WORK = 1 << 15;  // keys times rows
+constexpr int64_t FEW_ROWS = 8;           // up to which keys and values are read where they lie
+constexpr int64_t SERIAL_WORK = 1 << 17;  // multiplications with keys: a thread is done before a second one has woken
 
 template <class T>
 struct Inputs {
@@ -31,84 +29,21 @@ struct Inputs {
     float scale;
 };
 
-struct Work {
-    float q[ROWS * MAX_HEAD], out[ROWS * MAX_HEAD];
-    float k[KEYS * MAX_HEAD], v[KEYS * MAX_HEAD];
-    float scores[ROWS * KEYS], largest[ROWS], total[ROWS];
-};
-
-/* `size` values, zeros after them up to whole vectors. */
 template <class T>
-inline void widen(const T *from, int64_t size, float factor, float *to) {
-    for (int64_t c = 0; c < size; c += WIDTH)
-        store(to + c, load_first(from + c, size - c < WIDTH ? size - c : WIDTH) * broadcast(factor));
-}
-
-/* scores[R, K] of a block of R_BLOCK rows and K_BLOCK keys. */
-template <int R_BLOCK>
-inline void dot_block(const float *q, const float *k, int64_t stride, float *scores) {
-    vec sums[R_BLOCK][K_BLOCK] = {};
-    for (int64_t d = 0; d < stride; d += WIDTH) {
-        vec keys[K_BLOCK];
-        for (int j = 0; j < K_BLOCK; j++) keys[j] = load(k + j * stride + d);
-        for (int r = 0; r < R_BLOCK; r++) {
-            const vec query = load(q + r * stride + d);
-            for (int j = 0; j < K_BLOCK; j++) sums[r][j] = fma(query, keys[j], sums[r][j]);
+inline Places<T> places(const Inputs<T> &in, int64_t index, int64_t kv_head, int64_t key, int64_t count) {
+    Places<T> found;
+    const int32_t *page = in.block_tables + index * in.table_stride + key / in.block_size;
+    int64_t offset = key % in.block_size;
+    for (int64_t j = 0; j < KEYS; j++) {
+        const int64_t row = ((*page * in.block_size + offset) * in.num_kv_heads + kv_head) * in.head_size;
+        found.k[j] = in.k_cache + row;
+        found.v[j] = in.v_cache + row;
+        if (j + 1 < count && ++offset == in.block_size) {
+            offset = 0;
+            page++;
         }
     }
-    for (int r = 0; r < R_BLOCK; r++)
-        _mm_storeu_ps(scores + r * KEYS, sum_four(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
-}
-
-/* out += scores v, for COLUMNS vectors of R_BLOCK rows. */
-template <int R_BLOCK, int COLUMNS>
-inline void add_values(const float *scores, const float *v, int64_t stride, int64_t num_keys, float *out) {
-    vec sums[R_BLOCK][COLUMNS];
-    for (int r = 0; r < R_BLOCK; r++)
-        for (int c = 0; c < COLUMNS; c++) sums[r][c] = load(out + r * stride + c * WIDTH);
-    for (int64_t j = 0; j < num_keys; j++) {
-        vec values[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) values[c] = load(v + j * stride + c * WIDTH);
-        for (int r = 0; r < R_BLOCK; r++) {
-            const vec p = broadcast(scores[r * KEYS + j]);
-            for (int c = 0; c < COLUMNS; c++) sums[r][c] = fma(p, values[c], sums[r][c]);
-        }
-    }
-    for (int r = 0; r < R_BLOCK; r++)
-        for (int c = 0; c < COLUMNS; c++) store(out + r * stride + c * WIDTH, sums[r][c]);
-}
-
-template <int R_BLOCK>
-inline void value_block(const float *scores, const float *v, int64_t stride, int64_t num_keys, float *out) {
-    int64_t d = 0;
-    for (; d + 2 * WIDTH <= stride; d += 2 * WIDTH) add_values<R_BLOCK, 2>(scores, v + d, stride, num_keys, out + d);
-    if (d < stride) add_values<R_BLOCK, 1>(scores, v + d, stride, num_keys, out + d);
-}
-
-/* The softmax of a row so far, with KEYS more scores, which become weights; scales what the row has summed. */
-inline void soften(Work &work, int64_t row, int64_t allowed, int64_t stride) {
-    float *scores = work.scores + row * KEYS;
-    for (int64_t j = allowed < 0 ? 0 : allowed; j < KEYS; j++) scores[j] = -__builtin_inff();
-    float highest = work.largest[row];
-    for (int64_t j = 0; j < KEYS; j++) highest = scores[j] > highest ? scores[j] : highest;
-    if (highest == -__builtin_inff()) {  // nothing yet that this row may see
-        for (int64_t j = 0; j < KEYS; j++) scores[j] = 0.0f;
-        return;
-    }
-    const float kept = __builtin_expf(work.largest[row] - highest);
-    vec added = zero();
-    for (int64_t j = 0; j < KEYS; j += WIDTH) {
-        const vec weights = exp(load(scores + j) - broadcast(highest));
-        store(scores + j, weights);
-        added += weights;
-    }
-    // Where a key may not be seen, e^-inf has to be nothing at all, not the smallest that `exp` returns.
-    for (int64_t j = allowed < 0 ? 0 : allowed; j < KEYS; j++) scores[j] = 0.0f;
-    work.total[row] = work.total[row] * kept + sum(added);
-    work.largest[row] = highest;
-    if (kept != 1.0f)
-        for (int64_t d = 0; d < stride; d += WIDTH)
-            store(work.out + row * stride + d, load(work.out + row * stride + d) * broadcast(kept));
+    return found;
 }
 
 /* Tokens [first, last) of one sequence, for one key head. */
@@ -125,28 +60,18 @@ inline void attend(const Inputs<T> &in, int64_t index, int64_t kv_head, int64_t 
     }
     memset(work.out, 0, static_cast<size_t>(rows * stride) * sizeof(float));
     const int64_t num_keys = before + last - first;
+    const bool in_place = rows <= FEW_ROWS && D == stride;
+    Places<T> next = places(in, index, kv_head, 0, at_most(KEYS, num_keys));
     for (int64_t key = 0; key < num_keys; key += KEYS) {
-        const int64_t count = num_keys - key < KEYS ? num_keys - key : KEYS;
-        for (int64_t j = 0; j < count; j++) {
-            const int64_t page = in.block_tables[index * in.table_stride + (key + j) / in.block_size];
-            const int64_t at = (page * in.block_size + (key + j) % in.block_size) * in.num_kv_heads + kv_head;
-            widen(in.k_cache + at * D, D, 1.0f, work.k + j * stride);
-            widen(in.v_cache + at * D, D, 1.0f, work.v + j * stride);
+        const int64_t count = at_most(KEYS, num_keys - key), seen = before + 1 - key, after = key + KEYS;
+        const Places<T> at = next;
+        if (after < num_keys) next = places(in, index, kv_head, after, at_most(KEYS, num_keys - after));
+        if (in_place) {
+            attend_keys<InPlace<T>>(work, at, next, count, seen, rows, group, stride);
+        } else {
+            const Places<float> copies = widened(at, count, D, stride, work);
+            attend_keys<Widened>(work, copies, copies, count, seen, rows, group, stride);
         }
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4)
-            for (int64_t j = 0; j < KEYS; j += K_BLOCK)
-                dot_block<4>(work.q + r * stride, work.k + j * stride, stride, work.scores + r * KEYS + j);
-        for (; r < rows; r++)
-            for (int64_t j = 0; j < KEYS; j += K_BLOCK)
-                dot_block<1>(work.q + r * stride, work.k + j * stride, stride, work.scores + r * KEYS + j);
-        for (r = 0; r < rows; r++) {
-            const int64_t seen = before + r / group + 1 - key;  // keys of this block that the row may see
-            soften(work, r, seen < count ? seen : count, stride);
-        }
-        for (r = 0; r + 4 <= rows; r += 4)
-            value_block<4>(work.scores + r * KEYS, work.v, stride, count, work.out + r * stride);
-        for (; r < rows; r++) value_block<1>(work.scores + r * KEYS, work.v, stride, count, work.out + r * stride);
     }
     for (int64_t r = 0; r < rows; r++) {
         const int64_t token = first + r / group, head = kv_head * group + r % group;
@@ -176,13 +101,10 @@ void run(const Inputs<T> &in, int64_t num_seqs, int64_t threads) {
     int64_t work = 0;
     for (int64_t i = 0; i < num_seqs; i++) {
         const int64_t tokens = in.starts[i + 1] - in.starts[i];
-        work += tokens * (in.contexts[i] + tokens) * in.num_heads;
+        work += tokens * (in.contexts[i] + tokens) * in.num_heads * in.head_size;
     }
     parallel(work < SERIAL_WORK ? 1 : threads, [&](Team team) {
         static thread_local Work memory;
-        // Keys past the last of a block are not read, but what lies there is multiplied by zero: no NaN.
-        memset(memory.k, 0, sizeof memory.k);
-        memset(memory.v, 0, sizeof memory.v);
         write_caches(in, team.share(in.starts[num_seqs]));
         team.barrier();
         int64_t item = 0;

@@ -91,17 +91,6 @@ inline void for_parts(int64_t depth, const Body &body) {
         body(Part{offset, depth - offset < DEPTH ? depth - offset : DEPTH});
 }
 
-/* Calls `body(first, count)` for as few groups of rows of about one size as hold `at_once` at the most. */
-template <class Body>
-inline void for_row_groups(int64_t num_rows, int64_t at_once, const Body &body) {
-    int64_t row = 0;
-    for (int64_t groups = (num_rows + at_once - 1) / at_once; groups > 0; groups--) {
-        const int64_t rows = (num_rows - row + groups - 1) / groups;
-        body(row, rows);
-        row += rows;
-    }
-}
-
 /* Write, or add if the part is not the first, sums[r * sums_stride + n], whose lanes are in sum[r][n]. */
 template <int R>
 inline void write_sums(const vec (*sum)[N], Part part, float *sums, int64_t sums_stride) {

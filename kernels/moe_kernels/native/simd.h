@@ -188,6 +188,17 @@ inline void for_vectors(int64_t size, const Body &body) {
     if (c < size) body(c, size - c);
 }
 
+/* Calls `body(first, count)` for as few groups of rows of about one size as hold `at_once` at the most. */
+template <class Body>
+inline void for_row_groups(int64_t num_rows, int64_t at_once, const Body &body) {
+    int64_t row = 0;
+    for (int64_t groups = (num_rows + at_once - 1) / at_once; groups > 0; groups--) {
+        const int64_t rows = (num_rows - row + groups - 1) / groups;
+        body(row, rows);
+        row += rows;
+    }
+}
+
 /* What x becomes when it is kept as a T. */
 template <class T>
 inline vec rounded(vec x) {
