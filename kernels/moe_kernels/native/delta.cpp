@@ -14,6 +14,12 @@ namespace {
 constexpr int64_t MAX_KEY = 256;    // D
 constexpr int64_t BLOCK = 64;       // tokens whose keys and queries are normalised at once
 constexpr int64_t SERIAL_WORK = 1 << 16;  // values of state to go through
+/* Vectors of columns that a decode goes through at once, as many as registers hold the sums of: memory likes whole rows. */
+#ifdef __AVX512F__
+constexpr int MOST_COLUMNS = 8;
+#else
+constexpr int MOST_COLUMNS = 4;
+#endif
 
 /* q, k [token, key head, D] and v [token, head, V] by their strides; decay, beta [token, head], contiguous. */
 template <class T>
@@ -123,6 +129,8 @@ inline void one_token(const Inputs<T> &in, int64_t token, int64_t head, float *s
     const T *v = in.v + token * in.v_stride + head * V;
     T *out = in.out + (token * in.num_heads + head) * V;
     int64_t column = 0;
+    for (; column + MOST_COLUMNS * WIDTH <= V; column += MOST_COLUMNS * WIDTH)
+        step<T, MOST_COLUMNS>(k, q, kq, e, beta, state + column, V, D, v + column, out + column, WIDTH);
     for (; column + 4 * WIDTH <= V; column += 4 * WIDTH)
         step<T, 4>(k, q, kq, e, beta, state + column, V, D, v + column, out + column, WIDTH);
     for (; column < V; column += WIDTH) {
