@@ -42,10 +42,16 @@ inline void read_taps(const Inputs<T, TAPS> &in, int64_t first, int64_t count, B
 }
 
 template <class T, int TAPS>
-inline void read_state(const Inputs<T, TAPS> &in, const T *state, bool has_context, int64_t count, Block<T> &block) {
+inline void read_state(const Inputs<T, TAPS> &in, const T *__restrict state, bool has_context, int64_t count,
+                       Block<T> &block) {
     const int64_t history = in.width() - 1;
-    for (int64_t w = 0; w < history; w++)
-        for (int64_t c = 0; c < count; c++) block.before[w * CHANNELS + c] = has_context ? state[c * history + w] : T{};
+    T *__restrict before = block.before;
+    if (!has_context) {
+        memset(before, 0, static_cast<size_t>(history * CHANNELS) * sizeof(T));
+        return;
+    }
+    for (int64_t c = 0; c < count; c++)
+        for (int64_t w = 0; w < history; w++) before[w * CHANNELS + c] = state[c * history + w];
 }
 
 /* The inputs at `token`, which may be one of those before the first. */
@@ -58,12 +64,12 @@ inline const T *inputs_at(const Inputs<T, TAPS> &in, const Block<T> &block, int6
 
 template <class T, int TAPS>
 inline void write_state(const Inputs<T, TAPS> &in, const Block<T> &block, int64_t begin, int64_t end, int64_t first,
-                        int64_t count, T *state) {
+                        int64_t count, T *__restrict state) {
     const int64_t history = in.width() - 1;
-    for (int64_t w = 0; w < history; w++) {
-        const T *row = inputs_at(in, block, begin, end - history + w, first);
-        for (int64_t c = 0; c < count; c++) state[c * history + w] = row[c];
-    }
+    const T *rows[MAX_WIDTH];
+    for (int64_t w = 0; w < history; w++) rows[w] = inputs_at(in, block, begin, end - history + w, first);
+    for (int64_t c = 0; c < count; c++)
+        for (int64_t w = 0; w < history; w++) state[c * history + w] = rows[w][c];
 }
 
 /* Rows of a block lie pages apart, where the core's own prefetchers do not follow. */
