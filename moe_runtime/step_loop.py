@@ -121,6 +121,10 @@ class StepLoop:
             else:
                 self.stats.parkings += 1
                 self._mailbox.park(agreement, self._scheduler.has_work, self._wake_peers)
+                if (
+                    len(agreed) > 1
+                ):  # what is not there when a step begins waits for its end, on its rank alone
+                    self._mailbox.settle()
 
     def _run_step(self, step: ScheduledStep, token_counts: tuple[int, ...], has_prompts: bool) -> None:
         began = time.perf_counter()

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 from moe_runtime.request import EngineRequest
 
+_QUIET_S = 0.002  # between two requests of a burst there is less
+_MOST_SETTLING_S = 0.02  # however long the burst goes on
+
 
 class Submitted(NamedTuple):
     """A request that came in."""
@@ -116,6 +119,15 @@ class Mailbox:
             own_reason = self._own_reason(has_work)
         if own_reason:
             wake_peers(step)
+
+    def settle(self, quiet_s: float = _QUIET_S, most_s: float = _MOST_SETTLING_S) -> None:
+        """Wait until the burst of requests that ended a parking has come in: until none comes for `quiet_s`."""
+        end = time.monotonic() + most_s
+        with self._changed:
+            before = -1
+            while before != len(self._mail.submitted) and time.monotonic() < end:
+                before = len(self._mail.submitted)
+                self._changed.wait_for(lambda: self._stopping, quiet_s)
 
     def _own_reason(self, has_work: bool) -> bool:
         return self._stopping or (not self._paused and (has_work or bool(self._mail)))

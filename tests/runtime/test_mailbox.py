@@ -57,6 +57,41 @@ def test_mail_that_comes_while_parked_wakes_this_rank_and_its_peers() -> None:
     assert woke == [3]
 
 
+def _settles(mailbox: Mailbox, quiet_s: float, most_s: float) -> threading.Thread:
+    thread = threading.Thread(target=mailbox.settle, args=(quiet_s, most_s), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_settling_lasts_until_no_request_has_come_for_a_while() -> None:
+    mailbox = Mailbox(GENERATION)
+    thread = _settles(mailbox, 0.5, 60)
+    for number in range(8):
+        time.sleep(0.1)
+        mailbox.submit("driver", [_request(number)])
+    assert thread.is_alive()
+    assert _ended(thread)
+    assert len(mailbox.take().submitted) == 8
+
+
+def test_settling_does_not_wait_for_a_burst_without_end() -> None:
+    mailbox = Mailbox(GENERATION)
+    thread = _settles(mailbox, 0.05, 0.2)
+    deadline = time.monotonic() + 5
+    while thread.is_alive() and time.monotonic() < deadline:
+        mailbox.submit("driver", [_request(0)])
+        time.sleep(0.001)
+    assert not thread.is_alive()
+
+
+def test_settling_ends_when_the_rank_is_told_to_stop() -> None:
+    mailbox = Mailbox(GENERATION)
+    thread = _settles(mailbox, 60, 60)
+    assert _is_parked(thread)
+    mailbox.stop()
+    assert _ended(thread)
+
+
 def test_a_peers_wake_up_that_comes_before_parking_is_not_lost_and_not_passed_on() -> None:
     mailbox = Mailbox(GENERATION)
     mailbox.wake(GENERATION, 3)
