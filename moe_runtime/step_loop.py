@@ -121,9 +121,8 @@ class StepLoop:
             else:
                 self.stats.parkings += 1
                 self._mailbox.park(agreement, self._scheduler.has_work, self._wake_peers)
-                if (
-                    len(agreed) > 1
-                ):  # what is not there when a step begins waits for its end, on its rank alone
+                # What is not there when a step begins waits for its end, on its rank alone.
+                if len(agreed) > 1:
                     self._mailbox.settle()
 
     def _run_step(self, step: ScheduledStep, token_counts: tuple[int, ...], has_prompts: bool) -> None:

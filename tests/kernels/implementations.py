@@ -1,9 +1,9 @@
-"""Running a file's tests once for each implementation of an operation that this machine has."""
+"""Running a file's tests once for each implementation of an operation that this machine has, or number of threads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ def _compiled() -> list[str]:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TRITON_ALONE = INTERPRETED or "MOE_TEST_DEVICE" in os.environ
 IMPLEMENTATIONS = ["triton"] if _TRITON_ALONE else ["reference", *_compiled()]
+NATIVE = [name for name in IMPLEMENTATIONS if name.startswith("cpu:")]
 DTYPES = [dtype for dtype in TOLERANCE if not (_TRITON_ALONE and dtype == torch.float64)]
 
 
@@ -44,3 +45,16 @@ def every_implementation(*operations: Callable[..., Any]) -> Any:
         return request.param
 
     return implementation
+
+
+def on_threads(*numbers: int) -> Any:
+    """An autouse fixture: every test with each number of threads."""
+
+    @pytest.fixture(autouse=True, params=numbers)
+    def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(request.param)
+        yield
+        torch.set_num_threads(before)
+
+    return threads

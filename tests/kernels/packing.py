@@ -1,4 +1,4 @@
-"""Packed sequences for kernel tests."""
+"""Packed sequences and tensors for kernel tests."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def pack(
         num_decodes=num_decodes,
         state_checkpoints=tuple(state_checkpoints),
     )
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_near(got: torch.Tensor, wanted_f64: torch.Tensor, tolerance: float | None = None) -> None:

@@ -8,14 +8,11 @@ import torch
 from moe_kernels.grouped_gemm import fused_experts
 from moe_kernels.linear import linear
 from moe_kernels.quant import dequantize, quantize_fp8, quantize_int8
+from tests.kernels.packing import random
 
 DTYPES = [torch.bfloat16, torch.float16]
 KINDS = ["as it is", "int8", "float8"]
 EXPERTS, TOP_K, TOKENS = 5, 3, 33
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def weight(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ from moe_kernels.attention import paged_attention
 from moe_kernels.conv import causal_conv1d
 from moe_kernels.gated_delta import delta_gates, gated_delta_rule
 from moe_kernels.norm import apply_rotary, rms_norm, rms_norm_gated, silu_and_mul
-from tests.kernels.implementations import IMPLEMENTATIONS, INTERPRETED
-from tests.kernels.packing import TOLERANCE, assert_near, pack
+from tests.kernels.implementations import IMPLEMENTATIONS, INTERPRETED, on_threads
+from tests.kernels.packing import TOLERANCE, assert_near, pack, random
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 pytestmark = pytest.mark.skipif(not FAST, reason="this machine has no compiled kernels")
@@ -24,17 +22,7 @@ QUERY_LENS, CONTEXT_LENS, SLOTS, DECODES = [1, 1, 131, 1, 0, 20], [9, 70, 33, 0,
 CHECKPOINTS = [(2, 64, 7), (2, 100, 8), (5, 20, 9)]
 TOKENS, NUM_SLOTS = sum(QUERY_LENS), 10
 
-
-@pytest.fixture(params=[1] if INTERPRETED else [1, 2], autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+threads = on_threads(*([1] if INTERPRETED else [1, 2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from moe_kernels.attention import paged_attention
 from moe_kernels.gated_delta import gated_delta_rule
-from tests.kernels.implementations import IMPLEMENTATIONS, INTERPRETED
-from tests.kernels.packing import assert_near, pack
+from tests.kernels.implementations import INTERPRETED, NATIVE, on_threads
+from tests.kernels.packing import assert_near, pack, random
 
-LEVELS = [name for name in IMPLEMENTATIONS if name.startswith("cpu:")]
 DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the native kernels are not Triton's")
 BLOCK_SIZE = 16
 
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+threads = on_threads(1, 2)
 
 
 class Prompts:
@@ -96,7 +83,7 @@ class Prompts:
         return self._new(outs)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", NATIVE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [24, 64, 240, 256])
 # Rows of a decode: one, two, three, and as many as are still read where they lie.
@@ -108,7 +95,7 @@ def test_attention(heads: int, kv_heads: int, size: int, dtype: torch.dtype, lev
     assert_near(prompts.run(level), prompts.expected())
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", NATIVE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [64, 256])
 def test_a_decode_is_bit_for_bit_a_prompts_last_token(size: int, dtype: torch.dtype, level: str) -> None:
@@ -118,7 +105,7 @@ def test_a_decode_is_bit_for_bit_a_prompts_last_token(size: int, dtype: torch.dt
     assert torch.equal(decodes, whole[[99, 132]])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", NATIVE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("key_size", "value_size"), [(128, 128), (64, 100), (128, 208)])
 def test_decodes_of_the_delta_rule(key_size: int, value_size: int, dtype: torch.dtype, level: str) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from moe_kernels.grouped_gemm import fused_experts
 from moe_kernels.linear import linear
 from moe_kernels.quant import dequantize, quantize_int8
-from tests.kernels.implementations import IMPLEMENTATIONS, INTERPRETED
-from tests.kernels.packing import assert_near
+from tests.kernels.implementations import INTERPRETED, NATIVE, on_threads
+from tests.kernels.packing import assert_near, random
 
-LEVELS = [name for name in IMPLEMENTATIONS if name.startswith("cpu:")]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the native kernels are not Triton's")
 KINDS = [
     (torch.float32, torch.float32),
@@ -25,17 +22,7 @@ KINDS = [
 ]
 EXPERTS, TOP_K = 5, 3
 
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+threads = on_threads(1, 2)
 
 
 def weight(
@@ -50,7 +37,7 @@ def weight(
 
 
 @pytest.mark.parametrize(("x_dtype", "w_dtype"), KINDS, ids=str)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", NATIVE)
 @pytest.mark.parametrize(
     ("rows", "features", "depth"),
     # Whole tiles of every kind and what is left over of each: rows in twos of 16, features in 32, depth in 32 and 128.
@@ -91,7 +78,7 @@ def by_expert(
 
 
 @pytest.mark.parametrize(("x_dtype", "w_dtype"), KINDS, ids=str)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", NATIVE)
 @pytest.mark.parametrize(
     ("tokens", "hidden", "inner"), [(1, 64, 32), (3, 100, 16), (40, 160, 48), (70, 33, 20), (1100, 32, 32)]
 )
