@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from moe_kernels.blocks import Exchange
 from moe_kernels.select import KernelPlan
 from moe_models.batch import ForwardBatch
 
@@ -61,16 +62,24 @@ class TokenDispatcher(Protocol):
         ...
 
 
-Recorder = Callable[[torch.Tensor], None]
+def _forget(chosen: torch.Tensor) -> None:
+    """Nobody counts."""
 
 
-def recorder_of(dispatcher: TokenDispatcher) -> Recorder | None:
-    """Who is told the experts that all layers chose, int64 [layers, T, K], if they may compute without the dispatcher.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneCall:
+    """What a model needs that computes all its layers of a step in one call of native code, without the dispatcher."""
 
-    They may where tokens stay where they are and ids are local ids; a dispatcher of that kind has a `recorder`.
-    -1 stands where a layer had no need of a token.
-    """
-    return getattr(dispatcher, "recorder", None)
+    # How tokens reach the experts of other ranks; None: they stay where they are, and ids are local ids.
+    exchange: Exchange | None = None
+    # Told which experts of this rank all layers chose, int64 [layers, G, K]; -1 where an expert lives elsewhere, or the
+    # last layer had no need of a token.
+    record: Callable[[torch.Tensor], None] = _forget
+
+
+def one_call_of(dispatcher: TokenDispatcher) -> OneCall | None:
+    """Its property `one_call`; None where each layer has to call it, as for one that watches or has none."""
+    return getattr(dispatcher, "one_call", None)
 
 
 # --------------------------------------------------------------------------- caches

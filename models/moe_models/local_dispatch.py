@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_models.interfaces import Dispatched, ExpertShard, Recorder
+from moe_models.interfaces import Dispatched, ExpertShard, OneCall
 
 
 class LocalDispatcher:
@@ -21,9 +21,9 @@ class LocalDispatcher:
         self._in_order = local_of == list(range(shard.num_experts))  # then ids are local ids
 
     @property
-    def recorder(self) -> Recorder | None:
-        """See `recorder_of`."""
-        return _forget if self._in_order else None
+    def one_call(self) -> OneCall | None:
+        """See `one_call_of`."""
+        return OneCall() if self._in_order else None
 
     def dispatch(
         self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor
@@ -35,7 +35,3 @@ class LocalDispatcher:
     def combine(self, y_GH: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """The rows as they are: there is no other rank to sum over."""
         return y_GH
-
-
-def _forget(ids_MTK: torch.Tensor) -> None:
-    """Nobody counts."""

@@ -25,7 +25,7 @@ from moe_models.interfaces import (
     TensorLoad,
     TokenDispatcher,
     WeightMap,
-    recorder_of,
+    one_call_of,
 )
 from moe_models.layers.attention import GatedAttention
 from moe_models.layers.embedding import Embedding
@@ -227,10 +227,10 @@ class Qwen3NextForCausalLM(CausalLM):
                 sin_TR,
             )
             decoder = self._decoder.get(caches, lambda: self._make_decoder(caches))
-            record = recorder_of(dispatcher)
-            if decoder is not None and record is not None:
-                hidden_NH, ids_MTK = decoder(batch.token_ids_T, step, batch.wanted_N)
-                record(ids_MTK)
+            one_call = one_call_of(dispatcher)
+            if decoder is not None and one_call is not None:
+                hidden_NH, chosen = decoder(batch.token_ids_T, step, batch.wanted_N, one_call.exchange)
+                one_call.record(chosen)
                 return hidden_NH
         x_TH = self.embed_tokens(batch.token_ids_T)
         for layer, cache in zip(self.layers, caches, strict=True):

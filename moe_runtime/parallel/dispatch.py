@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from moe_models.interfaces import Dispatched, ExpertShard, Recorder, TokenDispatcher, recorder_of
+from moe_models.interfaces import Dispatched, ExpertShard, OneCall, TokenDispatcher, one_call_of
 from moe_models.local_dispatch import LocalDispatcher
 from moe_runtime.errors import ConfigError
 from moe_runtime.experts.placement import ExpertPlacement
@@ -116,9 +116,10 @@ class _CountingDispatcher:
         self._layer = 0
 
     @property
-    def recorder(self) -> Recorder | None:
-        """See `recorder_of`."""
-        return None if recorder_of(self._inner) is None else self._record
+    def one_call(self) -> OneCall | None:
+        """See `one_call_of`."""
+        inner = one_call_of(self._inner)
+        return None if inner is None else OneCall(exchange=inner.exchange, record=self._record)
 
     def dispatch(
         self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor
@@ -130,8 +131,8 @@ class _CountingDispatcher:
         self._layer += 1
         return dispatched
 
-    def _record(self, ids_MTK: torch.Tensor) -> None:
-        _count(self._counts, ids_MTK.flatten(1))
+    def _record(self, ids_MGK: torch.Tensor) -> None:
+        _count(self._counts, ids_MGK.flatten(1))
 
     def combine(self, y_GH: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         return self._inner.combine(y_GH, dispatched)

@@ -6,6 +6,7 @@ import ctypes
 import functools
 from ctypes import c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 from moe_kernels.native.build import NativeBuildError, Unit, compiled
 
@@ -14,7 +15,7 @@ _SOURCE = Path(__file__).parent / "native" / "host_link.c"
 # The C enumerations of the same names.
 MAX_RANKS = 64
 MAX_VALUES = 32
-DONE, WAITING, PEER_LEFT, BAD_EXPERT = range(4)
+DONE, ENDED, PEER_LEFT, BAD_EXPERT = range(4)
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 
 
@@ -46,9 +47,18 @@ class Step(ctypes.Structure):
     ]
 
 
+class Exchange(ctypes.Structure):
+    """What dispatch and combine of one step are given; C's `exchange`."""
+
+    _fields_ = [("link", c_void_p), ("buffers", c_void_p), ("step", c_void_p)]
+
+
+# Told the nanoseconds that a wait has lasted; returns whether to end it.
+WaitCallback = ctypes.CFUNCTYPE(c_int32, c_int64)
+
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "moe_control_bytes": ([], c_int64),
-    "moe_link_new": ([c_void_p, c_int32, c_int32, c_int64, c_int64], c_void_p),
+    "moe_link_new": ([c_void_p, c_int32, c_int32, c_int64, c_int64, WaitCallback], c_void_p),
     "moe_link_free": ([c_void_p], None),
     "moe_waited_ns": ([c_void_p], c_void_p),
     "moe_sent_bytes": ([c_void_p], c_void_p),
@@ -56,11 +66,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "moe_is_behind": ([c_void_p, c_int32], c_int),
     "moe_who_left": ([c_void_p], c_int),
     "moe_agree": ([c_void_p, c_void_p, c_int32, c_void_p], c_int),
-    "moe_dispatch": (
-        [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p],
-        c_int,
-    ),
-    "moe_combine": ([c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_void_p], c_int),
+    "moe_dispatch": ([c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p], c_int),
+    "moe_combine": ([c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p], c_int),
     "moe_sum_rows": ([c_void_p, c_void_p, c_int32, c_int64, c_int32], None),
 }
 
@@ -80,3 +87,10 @@ def host_library() -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result
     return library
+
+
+def address_of(function: Any) -> int:
+    """Where a function of the library lies, for other native code to call."""
+    address = ctypes.cast(function, c_void_p).value
+    assert address is not None, "a function of a loaded library"
+    return address

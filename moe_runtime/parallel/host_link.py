@@ -11,8 +11,7 @@ import contextlib
 import ctypes
 import mmap
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import psutil
@@ -50,14 +49,19 @@ class HostLink:
         self._peers = tuple(peers)
         self._timeout_s = timeout_s
         self._lost: str | None = None  # the failure after which no peer can be waited for
+        self._error: BaseException | None = None  # what ended the call that goes on
         self._control = mmap.mmap(file, _control_bytes())
         self._control_address = ctypes.c_char.from_buffer(self._control)
+        looks = self._look_after()
+        next(looks)
+        self._on_wait = host_library.WaitCallback(looks.send)
         self._link: int | None = self.library.moe_link_new(
             ctypes.addressof(self._control_address),
             rank,
             size,
             int(spin_s * 1e9),
             int(_SLICE_S * 1e9),
+            self._on_wait,
         )
         assert self._link is not None, "out of memory"
         self._waited_ns = ctypes.c_int64.from_address(self.library.moe_waited_ns(self._link))
@@ -109,11 +113,17 @@ class HostLink:
         self.run(
             "the agreement before a step",
             self.library.moe_agree,
+            self._link,
             ctypes.addressof(mine),
             count,
             ctypes.addressof(everyone),
         )
         return [everyone[start : start + count] for start in range(0, count * self.size, count)]
+
+    @property
+    def address(self) -> int | None:
+        """What the library's functions know this link by; None once this rank has left."""
+        return self._link
 
     def run(self, what: str, function: Callable[..., int], *args: Any) -> None:
         """Call a function of the library that waits for peers. After a failure every later call fails.
@@ -121,23 +131,21 @@ class HostLink:
         Raises:
             PeerLostError: a peer died, left, or was silent for too long.
         """
+        self.check_open(what)
+        self.check(what, function(*args))
+
+    def check_open(self, what: str) -> None:
+        """Raise PeerLostError if an earlier call has failed, or this rank has left."""
         if self._lost is not None:
             raise PeerLostError(f"{what} failed: {self._lost}")
-        state = function(self._link, *args)
+
+    def check(self, what: str, state: int) -> None:
+        """Raise what ended a call of the library early, given what it returned; see `run`."""
         if state == host_library.DONE:
             return
-        deadline = time.monotonic() + self._timeout_s - _SLICE_S
-        try:
-            while state == host_library.WAITING:
-                self._check_peers(deadline)
-                state = function(self._link, *args)
-            if state == host_library.PEER_LEFT:
-                self._check_peers(deadline)  # one that left may have seen another die
-                raise PeerLostError(f"{self._name(self.library.moe_who_left(self._link))} has left")
-        except BaseException as error:  # KeyboardInterrupt too: the call is half done
-            self._lost = str(error) or type(error).__name__
-            raise
-        assert state == host_library.DONE, f"{what} ended in state {state}"
+        error = self._error or self._reason(what, state)
+        self._lost = str(error) or type(error).__name__
+        raise error
 
     def map(self, num_bytes: int) -> mmap.mmap:
         """The first `num_bytes` after the control block, which this rank alone uses, as a mapping.
@@ -175,16 +183,46 @@ class HostLink:
         self._control.close()
         os.close(self._file)
 
-    def _check_peers(self, deadline: float) -> None:
+    def _look_after(self) -> Generator[int, int, None]:
+        """What the library calls while it waits, with the nanoseconds so far: is given 0 to wait on, 1 to end.
+
+        A generator, as it is within its `try` when Python runs the handlers of signals, which it does first: what
+        one raises in a callback that is a function reaches nobody.
+        """
+        end = 0
+        while True:
+            try:
+                waited_ns = yield end
+                self._check_peers()
+                # A slice that has begun counts, so that a wait does not end a slice too late.
+                if waited_ns * 1e-9 >= self._timeout_s - _SLICE_S / 2:
+                    raise self._timed_out()
+                end = 0
+            except GeneratorExit:
+                return
+            except BaseException as error:  # KeyboardInterrupt too: `check` raises it
+                self._error, end = error, 1
+
+    def _check_peers(self) -> None:
         for rank, peer in enumerate(self._peers):
             if not peer.is_alive():
                 raise PeerLostError(
                     f"{self._name(rank)}, which shares memory with rank {self.rank}, has died"
                 )
-        if time.monotonic() >= deadline:
-            behind = [r for r in range(self.size) if self.library.moe_is_behind(self._link, r)]
-            names = ", ".join(map(self._name, behind)) or "a peer"
-            raise PeerLostError(f"rank {self.rank} waited {self._timeout_s:g} s for {names}")
+
+    def _timed_out(self) -> PeerLostError:
+        behind = [r for r in range(self.size) if self.library.moe_is_behind(self._link, r)]
+        names = ", ".join(map(self._name, behind)) or "a peer"
+        return PeerLostError(f"rank {self.rank} waited {self._timeout_s:g} s for {names}")
+
+    def _reason(self, what: str, state: int) -> Exception:
+        if state != host_library.PEER_LEFT:
+            return AssertionError(f"{what} ended in state {state}")
+        try:
+            self._check_peers()  # one that left may have seen another die
+        except PeerLostError as error:
+            return error
+        return PeerLostError(f"{self._name(self.library.moe_who_left(self._link))} has left")
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} (pid {self._peers[rank].pid})"

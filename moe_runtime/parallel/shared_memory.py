@@ -11,10 +11,11 @@ from itertools import accumulate
 
 import torch
 
-from moe_models.interfaces import Dispatched, TokenDispatcher
+from moe_kernels import blocks
+from moe_models.interfaces import Dispatched, OneCall, TokenDispatcher
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.parallel.capacity import StepCapacity
-from moe_runtime.parallel.host_library import BFLOAT16, FLOAT16, FLOAT32, Buffers, Step
+from moe_runtime.parallel.host_library import BFLOAT16, FLOAT16, FLOAT32, Buffers, Exchange, Step, address_of
 from moe_runtime.parallel.host_link import HostLink, data_offset
 from moe_runtime.parallel.traffic import Traffic
 
@@ -117,22 +118,38 @@ class _SharedMemoryStep:
         size = len(token_counts)
         self._step.counts[:size] = token_counts
         self._step.firsts[:size] = list(accumulate(token_counts, initial=0))[:-1]
-        self._step_at = ctypes.addressof(self._step)
+        self._exchange = Exchange(shared.link.address, shared.buffers_at, ctypes.addressof(self._step))
+        self._exchange_at = ctypes.addressof(self._exchange)
         self._views: tuple[torch.Tensor, torch.Tensor] | None = None  # x_GH and weights_GK
+
+    @property
+    def one_call(self) -> OneCall:
+        """See `one_call_of`."""
+        self._link.check_open("a step")
+        x_GH, weights_GK = self._views_of(self._shared.capacity.dtype)
+        library = self._link.library
+        exchange = blocks.Exchange(
+            address_of(library.moe_dispatch),
+            address_of(library.moe_combine),
+            self._exchange_at,
+            x_GH,
+            weights_GK,
+            lambda state: self._link.check("a step", state),
+        )
+        return OneCall(exchange=exchange)
 
     def dispatch(
         self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor
     ) -> Dispatched:
         """See TokenDispatcher. What is returned lies in shared memory and holds until `combine` returns."""
-        x_GH, weights_GK = self._views or self._make_views(x_TH, topk_weights_TK)
+        x_GH, weights_GK = self._views_of(x_TH.dtype, topk_weights_TK.dtype)
         x_TH, topk_weights_TK = x_TH.contiguous(), topk_weights_TK.contiguous()
         ids = topk_ids_TK.long().contiguous()
         local_ids_GK = torch.empty((self._num_rows, ids.shape[1]), dtype=torch.int64)
         self._link.run(
             "dispatching tokens",
             self._link.library.moe_dispatch,
-            self._shared.buffers_at,
-            self._step_at,
+            self._exchange_at,
             x_TH.data_ptr(),
             x_TH.shape[1] * x_TH.itemsize,
             ids.data_ptr(),
@@ -143,27 +160,32 @@ class _SharedMemoryStep:
         return Dispatched(x_GH=x_GH, local_ids_GK=local_ids_GK, weights_GK=weights_GK, handle=ids)
 
     def combine(self, y_GH: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """See TokenDispatcher."""
         ids: torch.Tensor = dispatched.handle
         y_GH = y_GH.contiguous()
         out_TH = torch.empty((ids.shape[0], y_GH.shape[1]), dtype=y_GH.dtype)
         self._link.run(
             "combining partial sums",
             self._link.library.moe_combine,
-            self._shared.buffers_at,
-            self._step_at,
+            self._exchange_at,
             y_GH.data_ptr(),
             ids.data_ptr(),
             _DTYPES[y_GH.dtype],
             out_TH.data_ptr(),
+            None,
+            None,
         )
         return out_TH
 
-    def _make_views(self, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shared, capacity = self._shared, self._shared.capacity
-        assert x_TH.shape[1] == capacity.hidden_size, (x_TH.shape, capacity)
-        assert weights_TK.shape[1] == capacity.top_k, (weights_TK.shape, capacity)
-        assert x_TH.itemsize <= capacity.dtype.itemsize, (x_TH.dtype, capacity)
-        x_GH = shared.rows(shared.layout.x, self._num_rows, x_TH.shape[1], x_TH.dtype)
-        weights_GK = shared.rows(shared.layout.weights, self._num_rows, weights_TK.shape[1], weights_TK.dtype)
-        self._views = x_GH, weights_GK
+    def _views_of(
+        self, dtype: torch.dtype, weights_dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of all ranks, and their weights, in shared memory."""
+        if self._views is None:
+            shared, capacity = self._shared, self._shared.capacity
+            assert dtype.itemsize <= capacity.dtype.itemsize, (dtype, capacity)
+            self._views = (
+                shared.rows(shared.layout.x, self._num_rows, capacity.hidden_size, dtype),
+                shared.rows(shared.layout.weights, self._num_rows, capacity.top_k, weights_dtype or dtype),
+            )
         return self._views

@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class LayerByLayer(LocalDispatcher):
     """Wants to be asked at every layer."""
 
-    recorder = None
+    one_call = None
 
 
 def _run(

@@ -149,6 +149,19 @@ class Decoder(Structure):
     )
 
 
+class Exchange(Structure):
+    """How tokens come to the experts of all ranks, and their sums back."""
+
+    _fields_ = (
+        ("dispatch", c_void_p),
+        ("combine", c_void_p),
+        ("context", c_void_p),
+        ("x", c_void_p),
+        ("weights", c_void_p),
+        ("rows", c_int64),
+    )
+
+
 class Between(Structure):
     """Memory for what lies between operations."""
 
@@ -158,6 +171,8 @@ class Between(Structure):
         ("normed", c_void_p),
         ("routed", c_void_p),
         ("weights", c_void_p),
+        ("sums", c_void_p),
+        ("ids", c_void_p),
     )
 
 

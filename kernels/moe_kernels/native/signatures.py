@@ -72,7 +72,7 @@ SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "moe_norm_and_route": ([c_void_p] * 5, c_int64),
     # tokens, layer, normed, routed, out
     "moe_add_experts": ([c_void_p] * 5, c_int64),
-    # tokens, decoder, step, token ids, wanted tokens, their number, between, ids, out; 2 for a token that is not in the
-    # vocabulary
-    "moe_decoder": ([*[c_void_p] * 5, c_int64, *[c_void_p] * 3], c_int64),
+    # tokens, decoder, step, token ids, wanted tokens, their number, exchange, between, ids, why the exchange ended,
+    # out; 2 for a token that is not in the vocabulary, 3 where the exchange ended
+    "moe_decoder": ([*[c_void_p] * 5, c_int64, *[c_void_p] * 5], c_int64),
 }

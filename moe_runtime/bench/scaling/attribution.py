@@ -125,7 +125,7 @@ _SENTENCES = {
         "The driver and the way of requests and tokens take the same time for any number of ranks."
     ),
     UNTIMED: lambda a, n: (
-        "Untimed is what the baseline gains more than these ranks where steps are not timed: a single CPU rank then "
-        "computes all layers in one call."
+        "Untimed is what the baseline gains more than these ranks where steps are not timed: CPU ranks then compute "
+        "all layers in one call, if there is one or they share memory."
     ),
 }

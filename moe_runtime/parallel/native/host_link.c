@@ -10,8 +10,8 @@
  *     next phase that expects it, and is written again two chunks later.
  *   - agreed values (two slots, used in turn): the same, with every rank expected every time.
  *
- * A call that would sleep for longer than a slice returns WAITING instead, so that its caller can look after signals
- * and peers; the same call made again goes on where it stopped. One link belongs to one thread of a process. Only C11
+ * A wait that has slept for a slice, or that a signal woke, asks `on_wait` whether to go on, so that Python can look after
+ * signals and peers. A call that ends early leaves the link unusable. One link belongs to one thread of a process. Only C11
  * atomics and Linux futexes are used.
  */
 #define _GNU_SOURCE
@@ -32,7 +32,7 @@
 enum { MAX_RANKS = 64, MAX_VALUES = 32 };
 
 /* What the calls return; the Python side knows these numbers. */
-enum { DONE = 0, WAITING = 1, PEER_LEFT = 2, BAD_EXPERT = 3 };
+enum { DONE = 0, ENDED = 1, PEER_LEFT = 2, BAD_EXPERT = 3 };
 
 typedef struct {
     _Alignas(64) _Atomic uint32_t value; /* a cache line of its own */
@@ -53,16 +53,17 @@ typedef struct {
     _Alignas(64) int64_t agreed[2][MAX_RANKS][MAX_VALUES];
 } control;
 
+/* Told how long a wait has lasted; nonzero ends it. */
+typedef int32_t (*wait_callback)(int64_t waited_ns);
+
 typedef struct {
     control *shared;
     int32_t rank, size;
     int64_t spin_ns, slice_ns;
+    wait_callback on_wait;
     uint32_t phase;        /* the phase this rank is in */
     uint32_t target;       /* arrivals that complete it */
     uint32_t agreements, chunks; /* made so far: they choose slot and half */
-    /* Where a call that returned WAITING stopped: */
-    int32_t arrived;     /* it has arrived in the phase and waits for the others */
-    int64_t chunk_start; /* of combine: first token of the chunk it was at */
     int64_t waited_ns;   /* that this rank has waited for others in all */
     int64_t sent[2];     /* bytes written for others: tokens by dispatch, partial sums by combine */
 } host_link;
@@ -80,6 +81,13 @@ typedef struct {
     int64_t firsts[MAX_RANKS]; /* row of each rank's first token */
     int64_t rows, most;        /* tokens of all ranks, and of the one that has most */
 } step;
+
+/* What dispatch and combine of one step are given. */
+typedef struct {
+    host_link *link;
+    const buffers *buffers;
+    const step *step;
+} exchange;
 
 /* ------------------------------------------------------------------ phases */
 
@@ -124,7 +132,7 @@ static int left_before(const host_link *link, uint32_t phase) {
     return -1;
 }
 
-static int sleep_until(host_link *link, uint32_t phase) {
+static int sleep_until(host_link *link, uint32_t phase, int64_t began) {
     control *shared = link->shared;
     word *done = &shared->done[phase & 1], *sleepers = &shared->sleepers[phase & 1];
     struct timespec slice = {link->slice_ns / 1000000000, link->slice_ns % 1000000000};
@@ -138,18 +146,18 @@ static int sleep_until(host_link *link, uint32_t phase) {
         int complete = (int32_t)(seen - phase) >= 0;
         int left = !complete && left_before(link, phase) >= 0;
         if (!complete && !left) failed = syscall(SYS_futex, &done->value, FUTEX_WAIT, seen, &slice, NULL, 0);
-        int error = errno;
+        int interrupted = failed && errno != EAGAIN; /* timed out, or a signal came */
         atomic_fetch_sub(&sleepers->value, 1);
         if (complete || reached(done, phase)) return DONE;
         if (left) return PEER_LEFT;
-        if (failed && error != EAGAIN) return WAITING; /* timed out, or a signal came */
+        if (interrupted && link->on_wait(now_ns() - began)) return ENDED;
     }
 }
 
 static int await_phase(host_link *link, uint32_t phase) {
     if (reached(&link->shared->done[phase & 1], phase)) return DONE;
     int64_t began = now_ns();
-    int state = sleep_until(link, phase);
+    int state = sleep_until(link, phase, began);
     link->waited_ns += now_ns() - began;
     return state;
 }
@@ -164,7 +172,6 @@ static int begin_phase(host_link *link, uint32_t expected) {
 }
 
 static void come_to_phase(host_link *link) {
-    link->arrived = 1;
     atomic_store_explicit(&link->shared->of_rank[link->rank].phase, link->phase, memory_order_relaxed);
 }
 
@@ -178,26 +185,25 @@ static void arrive(host_link *link) {
 }
 
 /* Wait for the phase that this rank has come to. */
-static int finish_phase(host_link *link) {
-    int state = await_phase(link, link->phase);
-    if (state == DONE) link->arrived = 0;
-    return state;
-}
+static int finish_phase(host_link *link) { return await_phase(link, link->phase); }
 
 /* ------------------------------------------------------------------ what Python calls */
 
 int64_t moe_control_bytes(void) { return sizeof(control); }
 
-host_link *moe_link_new(void *shared, int32_t rank, int32_t size, int64_t spin_ns, int64_t slice_ns) {
+host_link *moe_link_new(void *shared, int32_t rank, int32_t size, int64_t spin_ns, int64_t slice_ns,
+                        wait_callback on_wait) {
     host_link *link = calloc(1, sizeof *link);
     if (link == NULL) return NULL;
-    *link = (host_link){.shared = shared, .rank = rank, .size = size, .spin_ns = spin_ns, .slice_ns = slice_ns};
+    *link = (host_link){.shared = shared, .rank = rank, .size = size, .on_wait = on_wait};
+    link->spin_ns = spin_ns;
+    link->slice_ns = slice_ns;
     return link;
 }
 
 void moe_link_free(host_link *link) { free(link); }
 
-/* Where the nanoseconds stand that this rank has waited for others; they grow while a call waits. */
+/* Where the nanoseconds stand that this rank has waited for others. */
 const int64_t *moe_waited_ns(const host_link *link) { return &link->waited_ns; }
 
 /* Where the two counts of bytes stand that this rank has written for others. */
@@ -221,12 +227,10 @@ int moe_who_left(const host_link *link) { return left_before(link, link->phase);
 /* all[size][num_values]: every rank's `values`. */
 int moe_agree(host_link *link, const int64_t *values, int32_t num_values, int64_t *all) {
     int64_t(*slot)[MAX_VALUES] = link->shared->agreed[link->agreements & 1];
-    int state;
-    if (!link->arrived) {
-        if ((state = begin_phase(link, (uint32_t)link->size)) != DONE) return state;
-        memcpy(slot[link->rank], values, (size_t)num_values * sizeof *values);
-        arrive(link);
-    }
+    int state = begin_phase(link, (uint32_t)link->size);
+    if (state != DONE) return state;
+    memcpy(slot[link->rank], values, (size_t)num_values * sizeof *values);
+    arrive(link);
     if ((state = finish_phase(link)) != DONE) return state;
     link->agreements++;
     for (int r = 0; r < link->size; r++)
@@ -236,15 +240,18 @@ int moe_agree(host_link *link, const int64_t *values, int32_t num_values, int64_
 
 /* Show this rank's tokens to all; then all ranks' tokens stand in the mapping, in rank order without gaps.
  * local_ids[rows][top_k] becomes this rank's expert of each choice, -1 where it lives elsewhere. */
-int moe_dispatch(host_link *link, const buffers *b, const step *s, const void *x, int64_t x_row_bytes,
-                 const int64_t *ids, const void *weights, int64_t weights_row_bytes, int64_t *local_ids) {
+int moe_dispatch(const exchange *e, const void *x, int64_t x_row_bytes, const int64_t *ids, const void *weights,
+                 int64_t weights_row_bytes, int64_t *local_ids) {
+    host_link *link = e->link;
+    const buffers *b = e->buffers;
+    const step *s = e->step;
     int64_t count = s->counts[link->rank], first = s->firsts[link->rank];
     uint32_t expected = 0; /* only those that have tokens are waited for */
     for (int r = 0; r < link->size; r++) expected += s->counts[r] > 0;
     if (expected == 0) return DONE;
-    int state;
-    if (!link->arrived && (state = begin_phase(link, expected)) != DONE) return state;
-    if (!link->arrived && count > 0) {
+    int state = begin_phase(link, expected);
+    if (state != DONE) return state;
+    if (count > 0) {
         int32_t *mine = b->ids + first * b->top_k;
         for (int64_t i = 0; i < count * b->top_k; i++) {
             if (ids[i] < 0 || ids[i] >= b->num_experts) return BAD_EXPERT;
@@ -254,7 +261,7 @@ int moe_dispatch(host_link *link, const buffers *b, const step *s, const void *x
         memcpy(b->weights + first * weights_row_bytes, weights, (size_t)(count * weights_row_bytes));
         link->sent[0] += count * (x_row_bytes + weights_row_bytes + b->top_k * (int64_t)sizeof *mine);
         arrive(link);
-    } else if (!link->arrived)
+    } else
         come_to_phase(link);
     if ((state = finish_phase(link)) != DONE) return state;
     for (int64_t i = 0; i < s->rows * b->top_k; i++) local_ids[i] = b->local_of_expert[b->ids[i]];
@@ -315,28 +322,27 @@ static void sum_parts(const host_link *link, const buffers *b, const step *s, co
 
 /* out[count][hidden]: for each token of this rank the sum, in rank order, of the partial sums of the ranks that hold
  * some of its experts. y[rows][hidden] are this rank's partial sums of all tokens; ids are what this rank dispatched:
- * those in the mapping may be overwritten once every rank has arrived in the last phase. */
-int moe_combine(host_link *link, const buffers *b, const step *s, const void *y, const int64_t *ids, int32_t dtype,
-                void *out) {
+ * those in the mapping may be overwritten once every rank has arrived in the last phase. `meanwhile`, unless it is null, is
+ * called with `with` before the first wait for sums of others. */
+int moe_combine(const exchange *e, const void *y, const int64_t *ids, int32_t dtype, void *out,
+                void (*meanwhile)(void *), void *with) {
+    host_link *link = e->link;
+    const buffers *b = e->buffers;
+    const step *s = e->step;
     int64_t row_bytes = b->hidden * (dtype == FLOAT32 ? 4 : 2), me = link->rank;
-    for (; link->chunk_start < s->most; link->chunk_start += b->chunk_tokens) {
-        chunk c = {.start = link->chunk_start, .end = link->chunk_start + b->chunk_tokens, .row_bytes = row_bytes};
+    for (int64_t start = 0; start < s->most; start += b->chunk_tokens) {
+        chunk c = {.start = start, .end = start + b->chunk_tokens, .row_bytes = row_bytes};
         c.half = b->parts + (link->chunks & 1) * link->size * link->size * b->chunk_tokens * row_bytes;
-        int state;
-        if (!link->arrived) {
-            if ((state = begin_phase(link, (uint32_t)link->size)) != DONE) return state;
-            write_parts(link, b, s, &c, y);
-            arrive(link);
-        }
-        if (c.start >= s->counts[me])
-            link->arrived = 0; /* nothing to sum: the next phase waits for this one */
-        else if ((state = finish_phase(link)) != DONE)
-            return state;
-        else
-            sum_parts(link, b, s, &c, y, ids, dtype, out);
+        int state = begin_phase(link, (uint32_t)link->size);
+        if (state != DONE) return state;
+        write_parts(link, b, s, &c, y);
+        arrive(link);
+        if (start == 0 && meanwhile != NULL) meanwhile(with);
         link->chunks++;
+        if (start >= s->counts[me]) continue; /* nothing to sum: the next phase waits for this one */
+        if ((state = finish_phase(link)) != DONE) return state;
+        sum_parts(link, b, s, &c, y, ids, dtype, out);
     }
-    link->chunk_start = 0;
     return DONE;
 }
 

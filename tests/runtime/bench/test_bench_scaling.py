@@ -106,7 +106,7 @@ def test_what_only_the_baseline_gains_where_steps_are_not_timed_is_a_loss() -> N
     assert found.speedup == pytest.approx(10 / 6)  # of the served rounds; of the timed ones it is 2
     assert found.loss == pytest.approx({**dict.fromkeys(PARTS, 0.0), UNTIMED: 1 / 6})
     assert found.of_groups()[UNTIMED] == pytest.approx(1 - found.efficiency)
-    assert "a single CPU rank then computes all layers in one call" in explain(found, 2)[2]
+    assert "CPU ranks then compute all layers in one call" in explain(found, 2)[2]
 
 
 def _stats(rank: int, parts: dict[str, float], of_prompts: dict[str, float], **loop: float) -> RankStats:
