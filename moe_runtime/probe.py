@@ -28,16 +28,19 @@ class RankProbe:
         *,
         rank: int,
         num_ranks: int,
+        read_speed: Callable[[float], float | None] | None = None,
     ) -> None:
         """
         Args:
             call: has the loop call a function between two steps.
+            read_speed: given seconds to take, bytes a second at which the rank reads its weights; None: on GPUs.
         """
         self._call = call
         self._rank = rank
         self._num_ranks = num_ranks
         self._timer = timer
         self._tap = tap
+        self._read_speed = read_speed
 
     def settle(self) -> None:
         """Return once the step that goes on, if one does, has ended and is counted."""
@@ -46,6 +49,11 @@ class RankProbe:
     def measure_one_of(self, interval: int) -> None:
         """Measure one step of so many; all ranks are told the same while none has work."""
         self._between_steps(lambda: self._timer.measure_one_of(interval))
+
+    def read_speed(self, seconds: float) -> float | None:
+        """Bytes a second at which this rank reads its weights, as all do that are asked at once; None: unknown."""
+        read_speed = self._read_speed
+        return None if read_speed is None else self._between_steps(lambda: read_speed(seconds))
 
     def record_choices(self, on: bool) -> None:
         """Begin or end to write down which experts this rank's tokens choose."""

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -43,6 +44,7 @@ from moe_runtime.tokenizer import find_eos_token_ids, find_tokenizer
 from moe_runtime.transport.mailbox import Mailbox
 from moe_runtime.transport.rank_server import RankServer
 from moe_runtime.warmup import warm_up
+from moe_runtime.weights.speed import read_speed
 
 _MAX_MASK_THREADS = 8
 
@@ -113,7 +115,10 @@ class RankWorker:
             spec.ranks_on_node,
             work_space_bytes(model, config, spec.placement.num_ranks, len(experts), self._device),
         )
-        self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights = tuple(model.parameters())
+        self._weight_bytes = sum(weight.nbytes for weight in weights)
+        isa = self._plan.linear.isa
+        self._read_speed = None if isa is None else partial(read_speed, weights, isa)
         caches = allocate(specs, self._cache_plan, self._device)
         yield from warm_up(
             model,
@@ -171,8 +176,14 @@ class RankWorker:
     def open_server(self, key: bytes) -> tuple[str, int]:
         """Listen for drivers and peers that know `key`; returns the address."""
         self._mailbox = Mailbox(self._spec.generation)
-        rank, size = self._spec.rank, self._spec.placement.num_ranks
-        self._probe = RankProbe(self._mailbox.call, self._timer, self._tap, rank=rank, num_ranks=size)
+        self._probe = RankProbe(
+            self._mailbox.call,
+            self._timer,
+            self._tap,
+            rank=self._spec.rank,
+            num_ranks=self._spec.placement.num_ranks,
+            read_speed=self._read_speed,
+        )
         self._server = RankServer(self._node_ip, key, self._mailbox)
         return self._server.address
 

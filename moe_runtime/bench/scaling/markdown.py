@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.bench.report import Report, TextTable
+from moe_runtime.bench.scaling.tables import read_range
 
 
 def write_markdown(report: Report, file: str, plot: str | None) -> None:
@@ -62,6 +63,8 @@ def _beside(result: Mapping[str, Any]) -> list[str]:
         f"A token sends {sent['dispatch']:,.0f} bytes to experts of other ranks and {sent['combine']:,.0f} come back, "
         "over all layers."
     ]
+    if (speeds := read_range(result)) != "-":
+        sentences.append(f"Before its rounds all ranks together read their weights at {speeds} GB/s.")
     if result["rank_balancedness"] is not None:
         sentences.append(
             f"The average rank has {result['rank_balancedness']:.0%} of the work of the busiest (experts: "

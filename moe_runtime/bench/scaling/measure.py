@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WARMUP_TOKENS = 4
+_READ_S = 0.2  # that ranks read their weights for, to see how fast they can
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,8 @@ class Measurements:
 
     served: Mapping[tuple[str, Layout], list[ServedRound]]  # by mode and layout
     timed: Mapping[tuple[str, Layout], list[TimedRound]]
+    # Bytes a second at which all ranks together read their weights, before each served round; None: unknown.
+    read_speeds: Mapping[tuple[str, Layout], list[float | None]]
     facts: Mapping[Layout, LayoutFacts]
     model: Mapping[str, Any]  # name, parameters, dtype
     interleaved: bool
@@ -83,6 +86,7 @@ def measure(
         return Measurements(
             served=session.served,
             timed=session.timed,
+            read_speeds=session.read_speeds,
             facts=session.facts,
             model=session.model_facts,
             interleaved=at_once,
@@ -116,6 +120,7 @@ class _Session:
         self._serving_interval = serving_interval
         self.served: dict[tuple[str, Layout], list[ServedRound]] = {}
         self.timed: dict[tuple[str, Layout], list[TimedRound]] = {}
+        self.read_speeds: dict[tuple[str, Layout], list[float | None]] = {}
         self.facts: dict[Layout, LayoutFacts] = {}
         self.model_facts: dict[str, Any] = {}
 
@@ -133,6 +138,7 @@ class _Session:
                 _time_one_of(llms.values(), self._serving_interval)
                 first = 1 + self._workload.num_timed
                 for layout, number in _turns(llms, first, self._workload.num_served):
+                    self.read_speeds.setdefault((mode, layout), []).append(_read_speed(llms[layout]))
                     served = self._served_round(llms[layout], mode, layout, number)
                     self.served.setdefault((mode, layout), []).append(served)
 
@@ -217,6 +223,12 @@ def _serving_interval(on_gpus: bool) -> int:
     from moe_runtime.timing.timer import DEVICE_INTERVAL, HOST_INTERVAL  # imports torch
 
     return DEVICE_INTERVAL if on_gpus else HOST_INTERVAL
+
+
+def _read_speed(llm: LLM) -> float | None:
+    """Bytes a second at which all ranks read their weights at once; None: some rank cannot tell."""
+    speeds = llm.collective_rpc("probe", ("read_speed", _READ_S))
+    return None if None in speeds else sum(speeds)
 
 
 def _settled(llm: LLM) -> list[RankStats]:

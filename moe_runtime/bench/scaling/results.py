@@ -35,6 +35,7 @@ class _Rounds:
     def __init__(self, measured: Measurements, mode: str, layout: Layout) -> None:
         self.served = measured.served[mode, layout]
         self.timed = measured.timed[mode, layout]
+        self.read_speeds = measured.read_speeds[mode, layout]
         self.facts = measured.facts[layout]
         self._layout = layout
 
@@ -104,6 +105,9 @@ def _describe(
         "dispatcher": facts.dispatcher,
         "requests": workload.num_requests(mode, layout),
         "round_seconds": [round(sample.seconds, 4) for sample in measured.served],
+        "read_gb_per_s_of_rounds": [
+            None if speed is None else round(speed / 1e9, 1) for speed in measured.read_speeds
+        ],
         "tokens": round(served.tokens, 2),
         "seconds": round(served.seconds, 6),
         "tokens_per_s": round(served.tokens_per_s, 2),

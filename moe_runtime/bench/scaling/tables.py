@@ -20,13 +20,14 @@ def make_tables(results: Results, workload: ScalingWorkload) -> list[TextTable]:
 
 def _throughput(results: Results, workload: ScalingWorkload) -> TextTable:
     columns = ["", "requests", "tokens/s", "speed-up", "by rounds", "efficiency", "spread"]
-    columns += ["rank balance", "expert balance", "bytes/token out", "back"]
+    columns += ["reads, GB/s", "rank balance", "expert balance", "bytes/token out", "back"]
     with_cores = any("ratio_to_same_cores" in result for result in results)
     rows = []
     for result in results:
         row = [_name(result), f"{result['requests']}", f"{result['tokens_per_s']:,.1f}"]
         row += [_number(result.get("speedup"), ".2f"), f"{result['speedup_of_rounds']:.2f}"]
         row += [_number(result.get("efficiency"), ".1%"), f"{result['slowest_by_fastest']:.2f}"]
+        row.append(read_range(result))
         row += [_number(result[f"{what}_balancedness"], ".2f") for what in ("rank", "expert")]
         row += [f"{result['sent_bytes_of_token'][name]:,.0f}" for name in ("dispatch", "combine")]
         if with_cores:
@@ -70,6 +71,12 @@ def _loss(results: Results) -> TextTable:
         columns=("", "missing", *GROUPS),
         rows=tuple(rows),
     )
+
+
+def read_range(result: Mapping[str, Any]) -> str:
+    """From the slowest to the fastest at which the ranks read their weights before a round, in GB/s."""
+    speeds = [speed for speed in result["read_gb_per_s_of_rounds"] if speed is not None]
+    return f"{min(speeds):.0f} to {max(speeds):.0f}" if speeds else "-"
 
 
 def _name(result: Mapping[str, Any]) -> str:

@@ -271,6 +271,7 @@ def test_the_markdown_report_has_words_tables_and_the_environment() -> None:
         "layout": "EP=2",
         "explanation": ["2 ranks are 1.50 times as fast as 1."],
         "sent_bytes_of_token": {"dispatch": 1234.0, "combine": 56.0},
+        "read_gb_per_s_of_rounds": [33.4, 51.0],
         "rank_balancedness": 0.9,
         "expert_balancedness": 0.5,
         "ratio_to_same_cores": 0.95,
@@ -297,6 +298,7 @@ def test_the_markdown_report_has_words_tables_and_the_environment() -> None:
         "**Strong scaling, decode, EP=2.** 2 ranks are 1.50 times as fast as 1. A token sends 1,234 bytes"
         in text
     )
+    assert "Before its rounds all ranks together read their weights at 33 to 51 GB/s." in text
     assert "these are 0.95 times as fast." in text
     assert (
         "the median of 3 rounds as they are served. The split of a step: the median of 2 others, with" in text

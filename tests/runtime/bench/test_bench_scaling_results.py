@@ -49,6 +49,7 @@ def _measured(*phases: str) -> Measurements:
             ("strong", layout): [_timed(SLOWER * s, layout.num_ranks, *phases) for s in seconds]
             for layout, seconds in taken.items()
         },
+        read_speeds={("strong", layout): [3.04e10, None, 5e10] for layout in taken},
         facts=dict.fromkeys((ONE, TWO, ALONE), facts),
         model={},
         interleaved=True,
@@ -75,6 +76,8 @@ def test_results_compare_with_the_smallest_and_with_one_rank_of_all_cores() -> N
     assert "median of 3 rounds as served" in throughput.title
     assert "median of 3 rounds with every step timed" in split.title
     assert throughput.rows[4][-1] == "0.80"
+    assert two["read_gb_per_s_of_rounds"] == [30.4, None, 50.0]
+    assert throughput.rows[4][throughput.columns.index("reads, GB/s")] == "30 to 50"
     assert [row[0] for row in split.rows[6:9]] == [
         "strong, decode, EP=2, 1 thread each, 4 steps",
         "  rank 0",

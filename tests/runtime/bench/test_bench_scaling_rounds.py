@@ -24,15 +24,19 @@ class _FakeLLM:
 
     info = _Info()
     stats = ()
+    rank_1_reads: float | None = 1e10
 
     def __init__(self, name: str, log: list[str]) -> None:
         self._name = name
         self._log = log
         self.prompts: list[Any] = []
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         if args[0] == "measure_one_of":
             self._log.append(f"{self._name} times one of {args[1]}")
+        if args[0] == "read_speed":
+            self._log.append(f"{self._name} reads")
+        return [3e10, self.rank_1_reads]
 
     def generate(self, prompts: Sequence[Any], params: SamplingParams, use_tqdm: bool) -> list[RequestOutput]:
         self._log.append(f"{self._name} generates {params.max_tokens}")
@@ -44,6 +48,7 @@ class _FakeLLM:
 def test_steps_are_timed_in_some_rounds_and_left_alone_in_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     llms = {layout: _FakeLLM(layout.label, log) for layout in LAYOUTS}
+    llms[LAYOUTS[1]].rank_1_reads = None  # as on GPUs
 
     @contextlib.contextmanager
     def started(self: Any, layouts: Sequence[Layout]) -> Iterator[dict[Layout, _FakeLLM]]:
@@ -64,11 +69,12 @@ def test_steps_are_timed_in_some_rounds_and_left_alone_in_the_others(monkeypatch
         "EP=1 generates 9",
         "EP=1 times one of 16",
         "EP=2 times one of 16",
-        "EP=1 generates 9",
-        "EP=2 generates 9",
-        "EP=2 generates 9",
-        "EP=1 generates 9",
+        *("EP=1 reads", "EP=1 generates 9"),
+        *("EP=2 reads", "EP=2 generates 9"),
+        *("EP=2 reads", "EP=2 generates 9"),
+        *("EP=1 reads", "EP=1 generates 9"),
     ]
+    assert list(session.read_speeds.values()) == [[4e10] * 2, [None] * 2]
     assert list(session.timed.values()) == [["timed"]] * 2
     assert list(session.served.values()) == [["served"] * 2] * 2
     prompts = llms[LAYOUTS[0]].prompts
