@@ -78,7 +78,7 @@ def _run_random_steps(link: HostLink, num_steps: int, in_chunks: bool) -> int:
     return layer
 
 
-# With slices as short as a wait, most waits stop half-way and are taken up again.
+# With slices as short as a wait, most waits look after their peers before they go on.
 @pytest.mark.parametrize(
     ("size", "in_chunks", "slice_s", "num_steps"),
     [(2, False, 0.2, 1500), (3, True, 30e-6, 400), (4, False, 30e-6, 400), (4, True, 0.2, 1500)],

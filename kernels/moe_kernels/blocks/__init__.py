@@ -216,7 +216,7 @@ class LayerBlocks(NamedTuple):
 class Exchange:
     """How native code carries the tokens of one step to the experts of all ranks and their weighted sums back.
 
-    The functions at `dispatch` and `combine` are described at `struct Exchange` of native/blocks.cpp.
+    The functions at `dispatch` and `combine` are described at `struct Exchange` of native/decoder.cpp.
     """
 
     dispatch: int

@@ -1,4 +1,4 @@
-"""The C structures of native/blocks.cpp, field by field, and how tensors are put into them."""
+"""The C structures of native/layers.h and native/decoder.cpp, field by field, and how tensors are put into them."""
 
 from __future__ import annotations
 
