@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from moe_kernels.blocks import Exchange
+from moe_kernels.blocks.decoder import Exchange
 from moe_kernels.select import KernelPlan
 from moe_models.batch import ForwardBatch
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moe_kernels import blocks
+from moe_kernels.blocks.decoder import DecoderBlock, LayerBlocks, takes
 from moe_kernels.select import KernelPlan
 from moe_models.batch import ForwardBatch
 from moe_models.interfaces import (
@@ -114,9 +115,9 @@ class DecoderLayer(nn.Module):
             return self.mlp(x_TH, self.mlp_norm, dispatcher, in_blocks=step is not None)
         return x_TH + self.mlp(self.mlp_norm(x_TH))
 
-    def layer_blocks(self, cache: LayerCache) -> blocks.LayerBlocks | None:
+    def layer_blocks(self, cache: LayerCache) -> LayerBlocks | None:
         """The layer for a call that computes all layers; None: it has no experts, or in another format."""
-        if not isinstance(self.mlp, SparseMoE) or not blocks.takes(experts := self.mlp.experts.as_weights()):
+        if not isinstance(self.mlp, SparseMoE) or not takes(experts := self.mlp.experts.as_weights()):
             return None
         if isinstance(self.mixer, GatedAttention):
             assert isinstance(cache, KVCache)
@@ -125,7 +126,7 @@ class DecoderLayer(nn.Module):
             assert isinstance(cache, StateCache)
             mixer = self.mixer.block(self.input_norm, cache)
         router, shared = self.mlp.block_pair(self.mlp_norm)
-        return blocks.LayerBlocks(mixer, router, experts, shared)
+        return LayerBlocks(mixer, router, experts, shared)
 
     def checkpoint_shapes(self, prefix: str, fused: bool) -> dict[str, tuple[int, ...]]:
         """Tensors of the layer whose names start with `prefix`, and their shapes."""
@@ -198,7 +199,7 @@ class Qwen3NextForCausalLM(CausalLM):
         self.config = parsed
         self.isa = plan.blocks.isa
         self._rotary = RotaryTable(parsed.rotary_dim, parsed.rope_theta)
-        self._decoder: ForCache[tuple[LayerCache, ...], blocks.DecoderBlock | None] = ForCache()
+        self._decoder: ForCache[tuple[LayerCache, ...], DecoderBlock | None] = ForCache()
         self.embed_tokens = Embedding(parsed.vocab_size, parsed.hidden_size, plan.linear)
         self.layers = nn.ModuleList(
             DecoderLayer(parsed, index, shard, plan) for index in range(parsed.num_hidden_layers)
@@ -237,7 +238,7 @@ class Qwen3NextForCausalLM(CausalLM):
             x_TH = layer(x_TH, cos_TR, sin_TR, batch, cache, dispatcher, step)
         return self.norm(x_TH if batch.wanted_N is None else x_TH[batch.wanted_N])
 
-    def _make_decoder(self, caches: tuple[LayerCache, ...]) -> blocks.DecoderBlock | None:
+    def _make_decoder(self, caches: tuple[LayerCache, ...]) -> DecoderBlock | None:
         """All but the head in one call, if each layer has experts that this can compute."""
         assert self.isa is not None, "only asked for where the plan has blocks"
         found = [
@@ -246,7 +247,7 @@ class Qwen3NextForCausalLM(CausalLM):
         layers = [layer for layer in found if layer is not None]
         if len(layers) < len(found):
             return None
-        return blocks.DecoderBlock(self.embed_tokens.weight, layers, self.norm.weight, self.isa)
+        return DecoderBlock(self.embed_tokens.weight, layers, self.norm.weight, self.isa)
 
     def compute_logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens.logits(hidden_NH) if self.lm_head is None else self.lm_head(hidden_NH)

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import torch
 
-from moe_kernels import blocks
+from moe_kernels.blocks import decoder
 from moe_models.interfaces import Dispatched, OneCall, TokenDispatcher
 from moe_runtime.experts.placement import ExpertPlacement
 from moe_runtime.parallel.capacity import StepCapacity
@@ -126,9 +126,10 @@ class _SharedMemoryStep:
     def one_call(self) -> OneCall:
         """See `one_call_of`."""
         self._link.check_open("a step")
-        x_GH, weights_GK = self._views_of(self._shared.capacity.dtype)
+        dtype = self._shared.capacity.dtype
+        x_GH, weights_GK = self._views_of(dtype, dtype)
         library = self._link.library
-        exchange = blocks.Exchange(
+        exchange = decoder.Exchange(
             address_of(library.moe_dispatch),
             address_of(library.moe_combine),
             self._exchange_at,
@@ -142,6 +143,9 @@ class _SharedMemoryStep:
         self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor
     ) -> Dispatched:
         """See TokenDispatcher. What is returned lies in shared memory and holds until `combine` returns."""
+        capacity = self._shared.capacity
+        assert x_TH.shape[1] == capacity.hidden_size, (x_TH.shape, capacity)
+        assert topk_weights_TK.shape[1] == capacity.top_k, (topk_weights_TK.shape, capacity)
         x_GH, weights_GK = self._views_of(x_TH.dtype, topk_weights_TK.dtype)
         x_TH, topk_weights_TK = x_TH.contiguous(), topk_weights_TK.contiguous()
         ids = topk_ids_TK.long().contiguous()
@@ -177,15 +181,13 @@ class _SharedMemoryStep:
         )
         return out_TH
 
-    def _views_of(
-        self, dtype: torch.dtype, weights_dtype: torch.dtype | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _views_of(self, dtype: torch.dtype, weights_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of all ranks, and their weights, in shared memory."""
         if self._views is None:
             shared, capacity = self._shared, self._shared.capacity
             assert dtype.itemsize <= capacity.dtype.itemsize, (dtype, capacity)
             self._views = (
                 shared.rows(shared.layout.x, self._num_rows, capacity.hidden_size, dtype),
-                shared.rows(shared.layout.weights, self._num_rows, capacity.top_k, weights_dtype or dtype),
+                shared.rows(shared.layout.weights, self._num_rows, capacity.top_k, weights_dtype),
             )
         return self._views

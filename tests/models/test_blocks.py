@@ -20,11 +20,10 @@ from moe_models.local_dispatch import LocalDispatcher
 from moe_models.qwen3_next import Qwen3NextForCausalLM
 from moe_runtime.parallel.dispatch import ExpertLoad
 from tests.checkpoints import make_variant
-from tests.kernels.implementations import IMPLEMENTATIONS
+from tests.kernels.implementations import NATIVE
 from tests.models.model_harness import Harness, load_model
 
-COMPILED = [name for name in IMPLEMENTATIONS if name.startswith("cpu:")]
-pytestmark = pytest.mark.skipif(not COMPILED, reason="there is no compiled library for this machine")
+pytestmark = pytest.mark.skipif(not NATIVE, reason="there is no compiled library for this machine")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def _run(
 
 @pytest.mark.parametrize("weights", [None, torch.int8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("implementation", COMPILED)
+@pytest.mark.parametrize("implementation", NATIVE)
 def test_one_call_or_many(
     implementation: str, dtype: torch.dtype, weights: torch.dtype | None, checkpoint: Path
 ) -> None:
@@ -78,14 +77,14 @@ def test_one_call_or_many(
 
 
 def test_a_token_outside_the_vocabulary_is_refused(checkpoint: Path) -> None:
-    model = load_model(checkpoint, dtype=torch.float32, plan=KernelPlan.uniform(COMPILED[0], "tested"))
+    model = load_model(checkpoint, dtype=torch.float32, plan=KernelPlan.uniform(NATIVE[0], "tested"))
     size = model.config.vocab_size
     with pytest.raises(IndexError, match=rf"token ids from 0 to {size - 1} wanted, got \[1, {size}\]"):
         Harness(model, seed=2).step({"a": [1, size]})
 
 
 def test_the_load_of_experts_is_counted_either_way(checkpoint: Path) -> None:
-    model = load_model(checkpoint, plan=KernelPlan.uniform(COMPILED[0], "tested"))
+    model = load_model(checkpoint, plan=KernelPlan.uniform(NATIVE[0], "tested"))
     num_experts, counts = model.config.num_experts, []
     for kind in (LocalDispatcher, LayerByLayer):
         load = ExpertLoad(len(model.config.sparse_layers), num_experts, torch.device("cpu"))
@@ -101,7 +100,7 @@ def test_the_load_of_experts_is_counted_either_way(checkpoint: Path) -> None:
 def test_wanted_tokens_come_as_they_do_among_all(
     wanted: list[int], in_one_call: bool, checkpoint: Path
 ) -> None:
-    model = load_model(checkpoint, plan=KernelPlan.uniform(COMPILED[0], "tested"))
+    model = load_model(checkpoint, plan=KernelPlan.uniform(NATIVE[0], "tested"))
     shard = ExpertShard.whole(model.config.num_experts)
     local = LocalDispatcher if in_one_call else LayerByLayer
     prompts = {name: random.Random(name).choices(range(1, 199), k=15) for name in "ab"}
@@ -122,7 +121,7 @@ def test_wanted_tokens_come_as_they_do_among_all(
 
 def test_layers_without_experts_are_computed_one_by_one(tmp_path: Path) -> None:
     make_variant(tmp_path, "dense_layers")
-    plan = KernelPlan.uniform(COMPILED[0], "tested")
+    plan = KernelPlan.uniform(NATIVE[0], "tested")
     found = [
         _run(load_model(tmp_path, plan=tried))
         for tried in (plan, replace(plan, blocks=Choice("reference", "tested")))

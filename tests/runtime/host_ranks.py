@@ -65,6 +65,19 @@ def run(scenario: Scenario, size: int, folder: Path, *args: Any, **settings: Any
             process.join()
 
 
+def check_survivors(scenario: Scenario, size: int, lost: int, folder: Path, *args: Any) -> None:
+    """All ranks but `lost`, which dies, soon see that and name it: their scenarios return seconds and a message."""
+    processes = start(scenario, size, folder, *args)
+    try:
+        for rank in set(range(size)) - {lost}:
+            waited_s, message = result(folder, rank)
+            assert f"rank {lost} (pid {processes[lost].pid})" in message
+            assert waited_s < 1.5  # the link's own time-out is 60 s
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def holders_of_link_memory() -> set[int]:
     """Ids of the processes of this machine that map some link's memory."""
     holders = set()

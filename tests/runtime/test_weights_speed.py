@@ -9,7 +9,7 @@ import torch
 
 from moe_runtime.weights import speed
 from moe_runtime.weights.speed import read_speed
-from tests.kernels.implementations import IMPLEMENTATIONS
+from tests.kernels.implementations import NATIVE
 
 MB = 1 << 20
 
@@ -33,7 +33,7 @@ def test_bytes_of_large_tensors_by_the_seconds_until_enough_have_passed(
     assert read_speed(weights[1:2], "any", seconds=1.0) is None
 
 
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name.startswith("cpu:")])
+@pytest.mark.parametrize("implementation", NATIVE)
 def test_the_compiled_function_reads_at_a_speed_that_some_memory_has(implementation: str) -> None:
     isa = implementation.removeprefix("cpu:")
     weights = [torch.ones(4 * MB, dtype=torch.bfloat16), torch.ones(2 * MB, dtype=torch.int8)]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moe_kernels import blocks
+from moe_kernels.blocks.weights import ExpertWeights
 from moe_kernels.grouped_gemm import fused_experts
 from moe_kernels.norm import silu_and_mul
 from moe_kernels.routing import route
@@ -91,11 +92,9 @@ class Experts(nn.Module):
         )
         return torch.cat([self._sum(*part) for part in parts])
 
-    def as_weights(self) -> blocks.ExpertWeights:
+    def as_weights(self) -> ExpertWeights:
         """What a whole model in one call takes."""
-        return blocks.ExpertWeights(
-            self.gate_up_proj, self.down_proj, self.gate_up_proj_scale, self.down_proj_scale
-        )
+        return ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_proj_scale, self.down_proj_scale)
 
     def _sum(self, x_GH: torch.Tensor, local_ids_GK: torch.Tensor, weights_GK: torch.Tensor) -> torch.Tensor:
         return fused_experts(

@@ -63,7 +63,7 @@ def _beside(result: Mapping[str, Any]) -> list[str]:
         f"A token sends {sent['dispatch']:,.0f} bytes to experts of other ranks and {sent['combine']:,.0f} come back, "
         "over all layers."
     ]
-    if (speeds := read_range(result)) != "-":
+    if speeds := read_range(result):
         sentences.append(f"Before its rounds all ranks together read their weights at {speeds} GB/s.")
     if result["rank_balancedness"] is not None:
         sentences.append(

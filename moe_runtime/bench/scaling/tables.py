@@ -27,7 +27,7 @@ def _throughput(results: Results, workload: ScalingWorkload) -> TextTable:
         row = [_name(result), f"{result['requests']}", f"{result['tokens_per_s']:,.1f}"]
         row += [_number(result.get("speedup"), ".2f"), f"{result['speedup_of_rounds']:.2f}"]
         row += [_number(result.get("efficiency"), ".1%"), f"{result['slowest_by_fastest']:.2f}"]
-        row.append(read_range(result))
+        row.append(read_range(result) or "-")
         row += [_number(result[f"{what}_balancedness"], ".2f") for what in ("rank", "expert")]
         row += [f"{result['sent_bytes_of_token'][name]:,.0f}" for name in ("dispatch", "combine")]
         if with_cores:
@@ -73,10 +73,10 @@ def _loss(results: Results) -> TextTable:
     )
 
 
-def read_range(result: Mapping[str, Any]) -> str:
-    """From the slowest to the fastest at which the ranks read their weights before a round, in GB/s."""
+def read_range(result: Mapping[str, Any]) -> str | None:
+    """From the slowest to the fastest at which the ranks read their weights before a round, in GB/s; None: unknown."""
     speeds = [speed for speed in result["read_gb_per_s_of_rounds"] if speed is not None]
-    return f"{min(speeds):.0f} to {max(speeds):.0f}" if speeds else "-"
+    return f"{min(speeds):.0f} to {max(speeds):.0f}" if speeds else None
 
 
 def _name(result: Mapping[str, Any]) -> str:

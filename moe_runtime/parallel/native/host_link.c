@@ -154,7 +154,9 @@ static int sleep_until(host_link *link, uint32_t phase, int64_t began) {
     }
 }
 
-static int await_phase(host_link *link, uint32_t phase) {
+/* Wait until the phase that this rank is in is complete. */
+static int await_phase(host_link *link) {
+    uint32_t phase = link->phase;
     if (reached(&link->shared->done[phase & 1], phase)) return DONE;
     int64_t began = now_ns();
     int state = sleep_until(link, phase, began);
@@ -164,7 +166,7 @@ static int await_phase(host_link *link, uint32_t phase) {
 
 /* Enter the next phase; the rank may write for it once this returns DONE. */
 static int begin_phase(host_link *link, uint32_t expected) {
-    int state = await_phase(link, link->phase);
+    int state = await_phase(link);
     if (state != DONE) return state;
     link->phase++;
     link->target += expected;
@@ -183,9 +185,6 @@ static void arrive(host_link *link) {
     atomic_store(&shared->done[phase & 1].value, phase);
     if (atomic_load(&shared->sleepers[phase & 1].value) != 0) wake_all(&shared->done[phase & 1]);
 }
-
-/* Wait for the phase that this rank has come to. */
-static int finish_phase(host_link *link) { return await_phase(link, link->phase); }
 
 /* ------------------------------------------------------------------ what Python calls */
 
@@ -231,7 +230,7 @@ int moe_agree(host_link *link, const int64_t *values, int32_t num_values, int64_
     if (state != DONE) return state;
     memcpy(slot[link->rank], values, (size_t)num_values * sizeof *values);
     arrive(link);
-    if ((state = finish_phase(link)) != DONE) return state;
+    if ((state = await_phase(link)) != DONE) return state;
     link->agreements++;
     for (int r = 0; r < link->size; r++)
         memcpy(all + (int64_t)r * num_values, slot[r], (size_t)num_values * sizeof *values);
@@ -263,7 +262,7 @@ int moe_dispatch(const exchange *e, const void *x, int64_t x_row_bytes, const in
         arrive(link);
     } else
         come_to_phase(link);
-    if ((state = finish_phase(link)) != DONE) return state;
+    if ((state = await_phase(link)) != DONE) return state;
     for (int64_t i = 0; i < s->rows * b->top_k; i++) local_ids[i] = b->local_of_expert[b->ids[i]];
     return DONE;
 }
@@ -340,7 +339,7 @@ int moe_combine(const exchange *e, const void *y, const int64_t *ids, int32_t dt
         if (start == 0 && meanwhile != NULL) meanwhile(with);
         link->chunks++;
         if (start >= s->counts[me]) continue; /* nothing to sum: the next phase waits for this one */
-        if ((state = finish_phase(link)) != DONE) return state;
+        if ((state = await_phase(link)) != DONE) return state;
         sum_parts(link, b, s, &c, y, ids, dtype, out);
     }
     return DONE;
