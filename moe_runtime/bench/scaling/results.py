@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -11,6 +12,10 @@ from moe_runtime.bench.scaling.measure import Measurements
 from moe_runtime.bench.scaling.phases import ServedRound, TimedRound, median_round
 from moe_runtime.bench.scaling.workload import Layout, ScalingWorkload
 from moe_runtime.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_SHORTEST_S = 0.05  # of a phase that can be told: the driver may wake milliseconds after a token is there
 
 
 def make_results(measured: Measurements, workload: ScalingWorkload) -> list[dict[str, Any]]:
@@ -59,6 +64,15 @@ def _check_phase(rounds: dict[Layout, _Rounds], phase: str, workload: ScalingWor
             raise ConfigError(
                 f"a round of {layout.label} had no step without prompts, so decode was not measured; raise "
                 f"output_len above {workload.output_len}, or set it to 1"
+            )
+        seconds = median_round(measured.served, phase).phases[phase].seconds
+        if seconds < _SHORTEST_S:
+            logger.warning(
+                "%s of %s took %.2g s, too short for the driver's clock, so its rates mean little; give longer "
+                "prompts and outputs, or a larger model",
+                phase,
+                layout.label,
+                seconds,
             )
 
 
@@ -109,12 +123,12 @@ def _describe(
             None if speed is None else round(speed / 1e9, 1) for speed in measured.read_speeds
         ],
         "tokens": round(served.tokens, 2),
-        "seconds": round(served.seconds, 6),
+        "seconds": round(served.seconds, 9),
         "tokens_per_s": round(served.tokens_per_s, 2),
         "slowest_by_fastest": round(max(taken) / min(taken), 3),
         "timed_round_seconds": [round(sample.seconds, 4) for sample in measured.timed],
         "timed_tokens": timed.tokens,
-        "timed_seconds": round(timed.seconds, 6),
+        "timed_seconds": round(timed.seconds, 9),
         "steps": timed.steps,
         "parts_ms_of_step": _scaled(timed.mean, 1e3 / timed.steps),
         "parts_ms_of_step_of_ranks": [_scaled(rank, 1e3 / timed.steps) for rank in timed.ranks],

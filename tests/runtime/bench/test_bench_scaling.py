@@ -12,6 +12,7 @@ import pytest
 from moe_runtime.bench.report import Report, TextTable
 from moe_runtime.bench.scaling.attribution import UNTIMED, PhaseCost, attribute, explain
 from moe_runtime.bench.scaling.markdown import markdown
+from moe_runtime.bench.scaling.measure import LayoutFacts, Measurements
 from moe_runtime.bench.scaling.phases import (
     OUTSIDE,
     PARTS,
@@ -23,6 +24,7 @@ from moe_runtime.bench.scaling.phases import (
     read_served,
     read_timed,
 )
+from moe_runtime.bench.scaling.results import make_results
 from moe_runtime.bench.scaling.workload import Layout, ScalingWorkload
 from moe_runtime.cli.main import main
 from moe_runtime.errors import ConfigError
@@ -213,6 +215,32 @@ def test_the_median_round_is_one_that_took_place() -> None:
     ]
     assert median_round(rounds, "decode").seconds == 2.0
     assert median_round(rounds[:3], "decode").seconds == 3.0
+
+
+@pytest.mark.parametrize("seconds", [0.0000981, 0.5])
+def test_a_phase_too_short_for_the_drivers_clock_is_told_and_keeps_its_digits(
+    seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    layout = Layout(num_ranks=1)
+    served = ServedRound(seconds=1.0, phases={"prefill": PhaseRate(seconds=seconds, tokens=15)})
+    timed = TimedRound(
+        seconds=1.0,
+        phases={"prefill": _phase(1, {"experts": seconds})},
+        sent_bytes={},
+        rank_balancedness=None,
+        expert_balancedness=None,
+    )
+    measured = Measurements(
+        served={("strong", layout): [served]},
+        timed={("strong", layout): [timed]},
+        read_speeds={("strong", layout): [None]},
+        facts={layout: LayoutFacts(threads=(1,), devices=("cpu",), nodes=("n",), dispatcher="none")},
+        model={},
+        interleaved=True,
+    )
+    (result,) = make_results(measured, ScalingWorkload(mode="strong", output_len=1))
+    assert result["tokens_per_s"] == pytest.approx(result["tokens"] / result["seconds"], rel=1e-3)
+    assert ("too short for the driver's clock" in caplog.text) == (seconds < 0.05)
 
 
 def test_work_is_fixed_in_all_or_a_rank_and_one_rank_with_all_cores_gets_that_of_many() -> None:
