@@ -24,7 +24,10 @@ from moe_runtime.tokenizer import Tokenizer
 
 
 class AsyncLLM:
-    """A deployment that many coroutines use. Made by `start` or `connect`, ended by `shutdown`."""
+    """A deployment that many coroutines use, until `shutdown` or the end of the `async with` block.
+
+    Made by `start` or `connect`: `async with await AsyncLLM.start(...) as llm`.
+    """
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
@@ -227,3 +230,9 @@ class AsyncLLM:
         """End the deployment, or leave it if it is a named one. Safe to call again."""
         await asyncio.to_thread(self._frontend.close)
         self._grammar_checks.shutdown(wait=False)
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.shutdown()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
 from types import FrameType
+from typing import Literal
 
 import psutil
 import ray
@@ -21,6 +25,10 @@ from moe_runtime.signals import exit_on_signal
 _NO_CLUSTER = (
     "a named deployment outlives its driver, and there is no Ray cluster here that does; start one with "
     "`ray start --head`, or set RAY_ADDRESS"
+)
+_NOT_LET_IN = (
+    "something listens at {address}, but it is no Ray cluster that lets us in; RAY_AUTH_MODE must be the same here as "
+    "where the cluster was started, `token` or `disabled`"
 )
 # A head that is alive accepts at once; one whose machine is gone would be waited for.
 _ANSWERS_WITHIN_S = 5.0
@@ -40,18 +48,18 @@ def ensure_ray(*, must_outlive_us: bool = False) -> bool:
     """
     if ray.is_initialized():
         return False
-    try:
-        address = _find_cluster()
-        if address is None and must_outlive_us:
-            raise ConfigError(_NO_CLUSTER)
-        _init_ray(address or "local")
-    except ConnectionError as error:
-        # The address that an earlier Ray left behind leads nowhere, though something listens there now. An
-        # address that the user gave is not ours to overrule.
-        if os.environ.get("RAY_ADDRESS"):
-            raise _no_answer() from error
+    address = _find_cluster()
+    if address is None:
         if must_outlive_us:
-            raise ConfigError(_NO_CLUSTER) from error
+            raise ConfigError(_NO_CLUSTER)
+        _init_ray("local")
+        return True
+    try:
+        _init_ray(None)
+    except ConnectionError as error:
+        if os.environ.get("RAY_ADDRESS") or must_outlive_us:
+            raise ConfigError(_NOT_LET_IN.format(address=address)) from error
+        # An earlier Ray left its address behind, and something else listens there now.
         _init_ray("local")
     return True
 
@@ -60,9 +68,12 @@ def _find_cluster() -> str | None:
     """The address of a Ray to join; None where there is none, so that one has to be started here.
 
     Raises:
-        ConfigError: nothing listens at RAY_ADDRESS.
+        ConfigError: nothing listens at RAY_ADDRESS, or it is "auto" and there is none.
     """
-    address = get_ray_address_from_environment(None, None)
+    try:
+        address = get_ray_address_from_environment(None, None)
+    except ConnectionError as error:  # RAY_ADDRESS=auto
+        raise _no_answer() from error
     if address in (None, "local"):
         return None
     if _listens(address):
@@ -88,11 +99,14 @@ def _no_answer() -> ConfigError:
     )
 
 
-def _init_ray(address: str) -> None:
+def _init_ray(address: Literal["local"] | None) -> None:
     """`ray.init` that leaves nothing behind when it is interrupted.
 
     Ray ends the servers that it has started by then, but not the agents that those have started, which need
     a minute to notice.
+
+    Args:
+        address: None for the cluster that Ray finds itself, as only then it shows the token that it keeps.
     """
     # Ray would start the ranks at niceness 15, and anything else on the machine would take their cores.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -100,7 +114,7 @@ def _init_ray(address: str) -> None:
     before = ours.children(recursive=True)
     try:
         with _signals_wait():
-            ray.init(address=address, include_dashboard=False, logging_level="error")
+            _call_for_good(lambda: ray.init(address=address, include_dashboard=False, logging_level="error"))
     except BaseException as error:
         started = set(ours.children(recursive=True)).difference(before)
         ray.shutdown()
@@ -108,13 +122,46 @@ def _init_ray(address: str) -> None:
             with contextlib.suppress(psutil.Error):
                 if "ray" in " ".join(process.cmdline()):
                     process.kill()
-        if isinstance(error, Exception) and not isinstance(error, ConnectionError):
+        joins_in_vain = address is None and isinstance(error, ConnectionError)
+        if isinstance(error, Exception) and not joins_in_vain:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise RayStartError(
-                f"Ray did not start ({address}): {reason[:300]}; a machine that is busy takes longer than the 30 s "
-                "that Ray waits: try again, or start one with `ray start --head`"
+                f"Ray did not start ({address or 'joining a cluster'}): {reason[:300]}; a machine that is busy takes "
+                "longer than the 30 s that Ray waits: try again, or start one with `ray start --head`"
             ) from error
         raise
+
+
+def _call_for_good(function: Callable[[], object]) -> None:
+    """Call it in a thread that lives as long as this process.
+
+    Linux kills Ray's servers when the thread ends that has started them (PR_SET_PDEATHSIG), and a thread of asyncio's
+    ends before the process has ended Ray.
+    """
+    if threading.current_thread() is threading.main_thread():
+        function()
+        return
+    done: Future[None] = Future()
+    _calls_for_good().put((function, done))
+    done.result()
+
+
+@functools.cache
+def _calls_for_good() -> SimpleQueue[tuple[Callable[[], object], Future[None]]]:
+    calls: SimpleQueue[tuple[Callable[[], object], Future[None]]] = SimpleQueue()
+
+    def run() -> None:
+        while True:
+            function, done = calls.get()
+            try:
+                function()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+    threading.Thread(target=run, name="parent-of-ray", daemon=True).start()
+    return calls
 
 
 @contextlib.contextmanager

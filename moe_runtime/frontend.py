@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 import uuid
@@ -51,6 +52,7 @@ class Frontend:
         connection = deployment.connection
         self.client = EngineClient(connection.addresses, connection.key, self.plan.config.block_size)
         deployment.on_end(self._ended)
+        atexit.register(self.close)  # before Ray's own end, which the threads of an open one would meet
 
     @classmethod
     def start(
@@ -223,6 +225,7 @@ class Frontend:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         self._grammar_checker.close()
         self.client.close()
         self.deployment.release()

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -80,6 +81,55 @@ def test_what_ray_raises_while_it_starts_comes_out_as_one_line(monkeypatch: pyte
         connecting._init_ray("local")
     assert "\n" not in str(raised.value)
     assert ended == ["ray"]
+
+
+def test_ray_is_started_by_a_thread_that_lives_on_after_its_caller() -> None:
+    """Linux kills Ray's servers with the thread that has started them."""
+    called_in: list[threading.Thread] = []
+
+    def start() -> None:
+        connecting._call_for_good(lambda: called_in.append(threading.current_thread()))
+
+    start()
+    callers = [threading.Thread(target=start) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+        caller.join()
+    in_main, first, second = called_in
+    assert in_main is threading.main_thread()
+    assert first is second
+    assert first not in callers
+    assert first.is_alive()
+    assert first.daemon  # it does not keep the process
+
+
+def test_what_fails_in_that_thread_fails_for_the_caller() -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ConnectionError, match="the head is gone"):
+        pool.submit(connecting._call_for_good, _fail).result()
+
+
+@pytest.mark.parametrize("by_user", [True, False])
+def test_a_cluster_that_lets_nobody_in_is_told_from_none(
+    by_user: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses: list[str | None] = []
+
+    def init(address: str | None, **options: object) -> None:
+        addresses.append(address)
+        raise ConnectionError("ray client connection timeout")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if by_user:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        else:
+            _left_behind(address, monkeypatch)
+        monkeypatch.setattr(connecting.ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(connecting.ray, "init", init)
+        monkeypatch.setattr(connecting.ray, "shutdown", lambda: None)
+        with pytest.raises(ConfigError, match=rf"something listens at {address}.* RAY_AUTH_MODE must be"):
+            connecting.ensure_ray(must_outlive_us=not by_user)
+    assert addresses == [None]  # Ray shows its token only to a cluster that it finds itself
 
 
 def _interrupted(times: int, then: Callable[[], None], by: signal.Signals = signal.SIGINT) -> None:

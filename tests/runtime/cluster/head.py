@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ class Head:
     address: str  # of the cluster, for RAY_ADDRESS
     dashboard: str  # URL: jobs, Serve, the state API
     metrics: str  # URL: what the node's processes export to Prometheus
+    temp_directory: str  # RAY_TMPDIR, where its address is
 
     def left(self) -> list[Any]:
         """Actors that live and placement groups that hold resources."""
@@ -37,7 +38,7 @@ class Head:
 
 
 @contextmanager
-def started_head(log_directory: Path) -> Iterator[Head]:
+def started_head(log_directory: Path, environment: Mapping[str, str | None] = ENVIRONMENT) -> Iterator[Head]:
     """Start it; at the end of the block stop it, and see that nothing of it is left."""
     names = (
         *("port", "ray-client-server-port", "metrics-export-port"),
@@ -49,7 +50,7 @@ def started_head(log_directory: Path) -> Iterator[Head]:
     worker_ports = ["--min-worker-port=0", "--max-worker-port=0"]
     # Sockets lie below it, and their paths may have some 100 characters only.
     with tempfile.TemporaryDirectory(prefix="moe-", dir="/tmp", ignore_cleanup_errors=True) as directory:
-        env = {**ENVIRONMENT, "RAY_TMPDIR": directory, "RAY_worker_niceness": "0"}
+        env = {**environment, "RAY_TMPDIR": directory, "RAY_worker_niceness": "0"}
         with running(
             log_directory, [*command, "--node-ip-address=127.0.0.1", *flags, *worker_ports], env
         ) as ray:
@@ -58,6 +59,7 @@ def started_head(log_directory: Path) -> Iterator[Head]:
                 address=f"127.0.0.1:{ports['port']}",
                 dashboard=f"http://127.0.0.1:{ports['dashboard-port']}",
                 metrics=f"http://127.0.0.1:{ports['metrics-export-port']}/metrics",
+                temp_directory=directory,
             )
             ray.signal(signal.SIGTERM)
             ray.finish()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,17 +28,22 @@ class Program:
     """A Python script that runs as a terminal would run it: in a process group of its own."""
 
     def __init__(
-        self, directory: Path, argv: Sequence[str | Path], env: dict[str, str] | None = None
+        self, directory: Path, argv: Sequence[str | Path], env: Mapping[str, str | None] | None = None
     ) -> None:
+        """
+        Args:
+            env: what differs from this process's environment; None: not set.
+        """
         self._mark = f"{_MARK}={uuid.uuid4().hex}"
         self._shared_memory_before = _shared_memory_files()
         self._stdout, self._stderr = directory / "stdout", directory / "stderr"
         name, value = self._mark.split("=")
+        whole_env = {**os.environ, **(env or {}), name: value, "PYTHONPATH": _PYTHONPATH}
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", *map(str, argv)],
                 cwd=REPOSITORY,
-                env={**os.environ, **(env or {}), name: value, "PYTHONPATH": _PYTHONPATH},
+                env={name: value for name, value in whole_env.items() if value is not None},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -129,7 +134,7 @@ class Program:
 
 @contextmanager
 def running(
-    directory: Path, argv: Sequence[str | Path], env: dict[str, str] | None = None
+    directory: Path, argv: Sequence[str | Path], env: Mapping[str, str | None] | None = None
 ) -> Iterator[Program]:
     """A Program that is killed with all that it started at the end of the block."""
     program = Program(directory, argv, env)

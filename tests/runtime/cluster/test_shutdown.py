@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
+from tests.runtime.cluster.head import started_head
 from tests.runtime.cluster.program import SCENARIOS, running
 
 pytestmark = pytest.mark.ray
@@ -32,6 +33,23 @@ def _generate() -> list[str | Path]:
 def test_the_end_of_a_with_block_leaves_nothing_to_its_process(tmp_path: Path) -> None:
     with running(tmp_path, [SCENARIOS / "with_block.py"], OWN_RAY) as program:
         program.succeed()
+        program.assert_left_nothing()
+
+
+def test_an_async_llm_that_is_never_shut_down_leaves_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, [SCENARIOS / "never_shut_down.py", "8"], OWN_RAY) as program:
+        program.succeed()
+        assert program.stderr == ""
+        program.assert_left_nothing()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_an_async_llm_and_leaves_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, [SCENARIOS / "never_shut_down.py", "8000"], OWN_RAY) as program:
+        program.wait_for("@answered")  # in the midst of the long one
+        program.interrupt()
+        assert program.finish(timeout_s=20) != 0
+        assert program.stderr.endswith("KeyboardInterrupt\n")
         program.assert_left_nothing()
 
 
@@ -134,6 +152,28 @@ def test_a_driver_that_ends_leaves_nothing_in_the_cluster_that_it_joined(
     while (left := _placed_groups() + _rank_actors()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
+
+
+@pytest.mark.slow
+def test_a_head_that_asks_for_the_token_at_hand_is_joined_without_further_ado(tmp_path: Path) -> None:
+    """As on a machine where Ray ran before: then a token is there, and `ray start` asks for it."""
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("0123456789abcdef" * 4)
+    defaults = {"HOME": str(tmp_path), "RAY_AUTH_MODE": None}
+    status = [SCENARIOS / "command.py", "status"]
+    with started_head(tmp_path, defaults) as head:
+        joined = tmp_path / "joined"
+        joined.mkdir()
+        env = {**defaults, "RAY_ADDRESS": None, "RAY_TMPDIR": head.temp_directory}
+        with running(joined, status, env) as program:
+            program.succeed()
+            assert "no deployment is running" in program.stdout
+        refused = tmp_path / "refused"
+        refused.mkdir()
+        with running(refused, status, {**env, "RAY_AUTH_MODE": "disabled"}) as program:
+            assert program.finish() == 2
+            assert "RAY_AUTH_MODE must be the same here" in program.stderr.splitlines()[-1]
 
 
 def _placed_groups() -> list[str]:
