@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -45,6 +46,8 @@ class DeploymentOwner:
     """The detached actor: holds placement group and ranks, and tells drivers how to reach them."""
 
     def __init__(self, plan: Plan, log_level: int) -> None:
+        # Ray warns of each blocking get in an actor like this; the engine's are in threads beside the event loop.
+        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
         self._plan = plan
         self._engine: Engine | None = None

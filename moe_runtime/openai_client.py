@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from moe_runtime.errors import ServerError
+from moe_runtime.errors import ConfigError, ServerError
 
 _CONNECT_TIMEOUT_S = 10.0
 # Between two pieces of an answer: a long prompt may keep the first one waiting.
@@ -18,7 +18,7 @@ _READ_TIMEOUT_S = 600.0
 
 
 class OpenAIClient:
-    """A connection to one server; every method raises ServerError for whatever goes wrong."""
+    """A connection to one server; every method raises ServerError for what goes wrong, ConfigError for a bad URL."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class OpenAIClient:
         try:
             yield
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise ServerError(
+            raise ConfigError(
                 f"{self._base_url!r} is no URL of a server ({error}); give one such as http://localhost:8000/v1"
             ) from None
         except httpx2.ConnectTimeout:

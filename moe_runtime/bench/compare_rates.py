@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from moe_runtime.bench.offline import warn_if_short
 from moe_runtime.bench.plots import new_figure, save_figure
 from moe_runtime.bench.report import TextTable
 from moe_runtime.bench.turns import Shape, Turn, Turns
@@ -97,6 +98,12 @@ _METRICS: Mapping[str, Mapping[str, Callable[[Shape, Turn], float | None]]] = {
 def rates_of(shape: Shape, turns: Turns) -> list[Rates]:
     """Every metric of a shape that all its systems have in all their turns."""
     found = []
+    for name, own in turns.items():
+        decodes = [
+            turn.seconds - turn.first_token_seconds for turn in own if turn.first_token_seconds is not None
+        ]
+        if shape.kind == "decode" and decodes and shape.output_len > 1:
+            warn_if_short(f"{name}, {shape}: decode", min(decodes))
     details = {name: own[-1].details for name, own in turns.items() if own[-1].details}
     for metric, rate in _METRICS[shape.kind].items():
         by_round = {name: _all_known(rate(shape, turn) for turn in own) for name, own in turns.items()}

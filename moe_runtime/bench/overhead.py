@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import random
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -147,7 +148,13 @@ def _start(entry: Callable[..., None], *args: Any) -> Connection:
     """A process that runs `entry(connection, *args)`; it ends with this one at the latest."""
     ours, theirs = mp.Pipe()
     context = mp.get_context("spawn")
-    context.Process(target=entry, args=(theirs, *args), daemon=True).start()
+    process = context.Process(target=entry, args=(theirs, *args), daemon=True)
+    # Ctrl-C comes to all processes of a terminal; this one is ended by its parent.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     theirs.close()
     return ours
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moe_runtime import __version__
-from moe_runtime.cli import bench, chat, complete, generate, inspect, run_batch, serve, simulate, status, stop
 from moe_runtime.errors import MoeRuntimeError, UserError, did_you_mean
 
 
@@ -40,6 +39,19 @@ def _with_subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentP
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from moe_runtime.cli import (
+        bench,
+        chat,
+        complete,
+        generate,
+        inspect,
+        run_batch,
+        serve,
+        simulate,
+        status,
+        stop,
+    )
+
     parser = Parser(
         prog="moe-runtime",
         description="Serve sparse mixture-of-experts language models with expert parallelism on Ray.",
@@ -53,13 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0, 1 for a failure, 2 for bad input, 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    _have_ray_show_every_rank()
-    logging.basicConfig(
-        level=os.environ.get("MOE_RUNTIME_LOG", "WARNING").upper(),
-        format="%(levelname)s %(name)s: %(message)s",
-    )
     try:
+        args = build_parser().parse_args(argv)
+        _have_ray_show_every_rank()
+        logging.basicConfig(
+            level=os.environ.get("MOE_RUNTIME_LOG", "WARNING").upper(),
+            format="%(levelname)s %(name)s: %(message)s",
+        )
         return args.func(args)
     except MoeRuntimeError as error:
         kind = "error" if isinstance(error, UserError) else type(error).__name__

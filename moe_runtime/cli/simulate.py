@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def add_parser(commands: Any) -> None:
         help="of --measured: `bench kernels` on that CPU (default: built-in numbers)",
     )
     add_result_arguments(parser)
-    parser.set_defaults(func=run)
+    parser.set_defaults(func=functools.partial(run, parser))
 
 
 def _add_hardware(parser: argparse.ArgumentParser) -> None:
@@ -139,13 +140,15 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefill-tokens", type=int, metavar="N", help="of a GPU in a step (default: 8192)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run `simulate`."""
     check_result_arguments(args)
-    if args.validate and args.measured:
-        raise ConfigError("give --validate or --measured, not both")
     if args.cpu_kernels and not args.measured:
         raise ConfigError("--cpu-kernels goes with --measured")
+    if args.validate:
+        _check_alone(parser, args, "--validate")
+    elif args.measured:
+        _check_alone(parser, args, "--measured", "--cpu-kernels")
     if args.validate:
         _validate(args)
     elif args.measured:
@@ -153,6 +156,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         _sweep(args)
     return 0
+
+
+def _check_alone(parser: argparse.ArgumentParser, args: argparse.Namespace, *allowed: str) -> None:
+    """ConfigError if a setting is given that a comparison does not take."""
+    for action in parser._actions:
+        name = action.option_strings[0] if action.option_strings else "MODEL"
+        given = vars(args).get(action.dest, action.default) != action.default
+        if given and name not in (*allowed, "--save-result", "--plot"):
+            raise ConfigError(f"{allowed[0]} has its own settings; leave {name} out")
 
 
 def _validate(args: argparse.Namespace) -> None:

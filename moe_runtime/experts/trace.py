@@ -58,7 +58,10 @@ class RoutingTrace:
             with np.load(file) as arrays:
                 found = {name: arrays[name] for name in arrays.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-            raise ConfigError(f"{file} is no routing trace: {error}") from error
+            reason = error if isinstance(error, OSError) else "it is no .npz file of numpy"
+            raise ConfigError(
+                f"{file} is no routing trace: {reason}; give one that `bench routing` wrote"
+            ) from error
         missing = {"num_experts", "layer_0"} - found.keys()
         if missing:
             raise ConfigError(f"{file} is no routing trace: it has no array {', '.join(sorted(missing))}")

@@ -218,7 +218,7 @@ def test_a_server_that_is_not_there_is_one_line_with_the_way_out(
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://localhost/v1", "http://[::1", ""])
 def test_a_url_that_is_none_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", "--base-url", url, "--message", "Hi"]) == 1
+    assert main(["chat", "--base-url", url, "--message", "Hi"]) == 2
     assert "is no URL of a server" in capsys.readouterr().err
 
 

@@ -8,10 +8,9 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.bench.offline import greedy, random_batch
+from moe_runtime.bench.offline import greedy, random_batch, short_name
 from moe_runtime.bench.scaling.phases import ServedRound, TimedRound, read_served, read_timed
 from moe_runtime.bench.scaling.workload import Layout, ScalingWorkload
 from moe_runtime.errors import ConfigError
@@ -155,7 +154,7 @@ class _Session:
                 llms[layout] = llm
                 self.facts[layout] = _facts(llm)
             self.model_facts = {
-                "model": _short_name(llm.files.name),
+                "model": short_name(llm.files.name),
                 "parameters": llm.info.num_parameters,
                 "experts": llm.info.num_experts,
                 "dtype": llm.config.dtype if llm.config.dtype != "auto" else llm.info.dtype,
@@ -250,8 +249,3 @@ def _num_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
-
-
-def _short_name(model: str) -> str:
-    """Of a directory its last part: a random checkpoint's parents mean nothing."""
-    return Path(model).name if Path(model).is_absolute() else model

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from moe_runtime.bench.offline import warn_if_short
 from moe_runtime.bench.scaling.attribution import PhaseCost, attribute, explain
 from moe_runtime.bench.scaling.measure import Measurements
 from moe_runtime.bench.scaling.phases import ServedRound, TimedRound, median_round
 from moe_runtime.bench.scaling.workload import Layout, ScalingWorkload
 from moe_runtime.errors import ConfigError
-
-logger = logging.getLogger(__name__)
-
-_SHORTEST_S = 0.05  # of a phase that can be told: the driver may wake milliseconds after a token is there
 
 
 def make_results(measured: Measurements, workload: ScalingWorkload) -> list[dict[str, Any]]:
@@ -29,7 +25,7 @@ def make_results(measured: Measurements, workload: ScalingWorkload) -> list[dict
         # In the order in which they were started, the smallest first.
         rounds = {layout: _Rounds(measured, mode, layout) for layout in measured.facts}
         for phase in workload.phases:
-            _check_phase(rounds, phase, workload)
+            _check_phase(rounds, mode, phase, workload)
             results += _phase_results(mode, phase, rounds, workload)
     return results
 
@@ -57,7 +53,7 @@ class _Rounds:
         return [sample.phases[phase].tokens_per_s for sample in self.served]
 
 
-def _check_phase(rounds: dict[Layout, _Rounds], phase: str, workload: ScalingWorkload) -> None:
+def _check_phase(rounds: dict[Layout, _Rounds], mode: str, phase: str, workload: ScalingWorkload) -> None:
     for layout, measured in rounds.items():
         samples: list[ServedRound | TimedRound] = [*measured.served, *measured.timed]
         if any(phase not in sample.phases for sample in samples):
@@ -66,14 +62,7 @@ def _check_phase(rounds: dict[Layout, _Rounds], phase: str, workload: ScalingWor
                 f"output_len above {workload.output_len}, or set it to 1"
             )
         seconds = median_round(measured.served, phase).phases[phase].seconds
-        if seconds < _SHORTEST_S:
-            logger.warning(
-                "%s of %s took %.2g s, too short for the driver's clock, so its rates mean little; give longer "
-                "prompts and outputs, or a larger model",
-                phase,
-                layout.label,
-                seconds,
-            )
+        warn_if_short(f"{mode} scaling, {layout.label}: {phase}", seconds)
 
 
 def _phase_results(

@@ -90,6 +90,15 @@ def _turns(seconds: Sequence[float], first: float | None = 0.5, token: int = 0) 
     ]
 
 
+@pytest.mark.parametrize("seconds", [0.51, 0.6])
+def test_a_decode_too_short_for_the_drivers_clock_is_told(
+    seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    compare_rates.rates_of(_DECODE, {"ours": _turns([1.0, 1.0]), "x": _turns([1.0, seconds])})
+    short = ["x, 2 requests, 4 in, 6 out: decode took 0.01 s, too short for the driver's clock"]
+    assert [message.split(", so")[0] for message in caplog.messages] == (short if seconds < 0.55 else [])
+
+
 def test_ratios_are_medians_of_the_rounds_ratios() -> None:
     turns = {"ours": _turns([1.0, 2.0, 4.0]), "x": _turns([2.0, 2.0, 16.0]), "y": _turns([8.0] * 3, token=1)}
     whole, decode = compare_rates.rates_of(_DECODE, turns)

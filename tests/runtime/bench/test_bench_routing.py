@@ -125,6 +125,7 @@ def test_a_trace_of_another_model_is_refused() -> None:
     ("flags", "message"),
     [
         (["--replay", "{folder}/none.npz"], "none.npz is no routing trace"),
+        (["--replay", __file__], "it is no .npz file of numpy; give one that `bench routing` wrote"),
         (["--text", "{folder}/none.txt"], "none.txt cannot be read"),
         (["--text", "a", "--replay", "b"], "give --text or --replay, not both"),
         (["some/model", "--replay", "b"], "give MODEL or --replay, not both"),

@@ -29,6 +29,7 @@ def test_a_tiny_checkpoint(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(saved.read_text()) == report
     assert report["benchmark"] == "throughput"
+    assert report["workload"]["model"] == "tiny"  # not where it lay for a while
     assert report["workload"]["dtype"] == "float32"
     assert report["workload"]["threads_per_rank"] == 1
     assert [result["concurrency"] for result in report["results"]] == [1, 3]

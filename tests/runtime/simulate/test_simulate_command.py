@@ -236,7 +236,13 @@ def test_measured_kernels_take_the_rooflines_place_where_they_were_measured(tmp_
         (["--tpot-slo-ms", "0"], "--tpot-slo-ms must be above 0, got 0.0"),
         (["qwen3-next"], "there is no preset 'qwen3-next'; did you mean 'qwen3-next-80b'?"),
         (["nowhere.json"], "no such directory: nowhere.json"),
-        (["--validate", "--measured", "x.json"], "give --validate or --measured, not both"),
+        (["--validate", "--measured", "x.json"], "--validate has its own settings; leave --measured out"),
+        (["--validate", "--gpu", "H200"], "--validate has its own settings; leave --gpu out"),
+        (["deepseek-v3", "--validate"], "--validate has its own settings; leave MODEL out"),
+        (
+            ["--measured", "x.json", "--cpu-kernels", "y.json", "--overlap"],
+            "--measured has its own settings; leave --overlap out",
+        ),
         (
             ["--validate", "--plot", "/no/such/x"],
             "--plot /no/such/x: give a prefix in a directory that exists",
