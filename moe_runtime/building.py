@@ -88,6 +88,7 @@ def kernel_shapes(
         value_size=facts.linear_value_size,
         num_key_heads=facts.num_linear_key_heads,
         num_value_heads=facts.num_linear_value_heads,
+        conv_width=facts.linear_conv_width,
         expert_dtype=expert_dtype,
     )
 

@@ -24,6 +24,7 @@ class KernelShapes:
     value_size: int = 0
     num_key_heads: int = 0
     num_value_heads: int = 0
+    conv_width: int = 0  # taps, of its convolution
     expert_dtype: torch.dtype | None = None  # what the experts' weights are kept in; None: the model's dtype
 
     def rows_per_expert(self, num_tokens: int) -> float:

@@ -199,6 +199,7 @@ class ModelDescription:
     linear_value_size: int = 0
     num_linear_key_heads: int = 0
     num_linear_value_heads: int = 0
+    linear_conv_width: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

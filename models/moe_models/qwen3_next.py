@@ -186,6 +186,7 @@ class Qwen3NextForCausalLM(CausalLM):
             linear_value_size=parsed.linear_value_head_dim,
             num_linear_key_heads=parsed.linear_num_key_heads,
             num_linear_value_heads=parsed.linear_num_value_heads,
+            linear_conv_width=parsed.linear_conv_kernel_dim,
         )
 
     def __init__(self, config: Mapping[str, Any], shard: ExpertShard, plan: KernelPlan) -> None:

@@ -24,7 +24,7 @@ from moe_runtime.parallel.peers import Peer
 
 # A wait sleeps for this long, looks whether its peers live, and sleeps again.
 _SLICE_S = 0.2
-# Before it sleeps a wait spins for this long, where every rank has a core to itself.
+# Before it sleeps a wait spins for this long, where there are more cores than ranks.
 _SPIN_S = 20e-6
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
@@ -192,12 +192,14 @@ class HostLink:
         end = 0
         while True:
             try:
-                waited_ns = yield end
-                self._check_peers()
-                # A slice that has begun counts, so that a wait does not end a slice too late.
-                if waited_ns * 1e-9 >= self._timeout_s - _SLICE_S / 2:
-                    raise self._timed_out()
-                end = 0
+                # Handlers run at the end of a loop too, so it is in here; the outer one goes on after an error.
+                while True:
+                    waited_ns = yield end
+                    end = 0
+                    self._check_peers()
+                    # A slice that has begun counts, so that a wait does not end a slice too late.
+                    if waited_ns * 1e-9 >= self._timeout_s - _SLICE_S / 2:
+                        raise self._timed_out()
             except GeneratorExit:
                 return
             except BaseException as error:  # KeyboardInterrupt too: `check` raises it

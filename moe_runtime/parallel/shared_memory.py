@@ -142,7 +142,7 @@ class _SharedMemoryStep:
     def dispatch(
         self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor
     ) -> Dispatched:
-        """See TokenDispatcher. What is returned lies in shared memory and holds until `combine` returns."""
+        """See TokenDispatcher. What is returned lies in shared memory and holds until `combine` is called."""
         capacity = self._shared.capacity
         assert x_TH.shape[1] == capacity.hidden_size, (x_TH.shape, capacity)
         assert topk_weights_TK.shape[1] == capacity.top_k, (topk_weights_TK.shape, capacity)

@@ -26,6 +26,7 @@ SHAPES = KernelShapes(
     value_size=128,
     num_key_heads=16,
     num_value_heads=32,
+    conv_width=4,
 )
 
 
@@ -83,6 +84,7 @@ def test_a_cpu_that_lacks_one_feature_of_a_level_does_not_get_it(level: str) -> 
             "head size of attention is 512, layers in one call have at most 256",
         ),
         ({"key_size": 384}, torch.bfloat16, "key size of Gated DeltaNet is 384"),
+        ({"conv_width": 17}, torch.bfloat16, "convolution width of Gated DeltaNet is 17"),
         ({"num_heads": 128}, torch.bfloat16, "query heads of a key head is 64"),
         ({"num_experts": 8192}, torch.bfloat16, "number of experts is 8192"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from moe_kernels.select import KernelPlan
+from moe_kernels.device import DeviceProfile
+from moe_kernels.libraries import available_libraries
+from moe_kernels.select import KernelPlan, select
 from moe_models.interfaces import Dispatched, ExpertShard
 from moe_models.local_dispatch import LocalDispatcher
+from moe_models.qwen3_next import Qwen3NextForCausalLM
+from moe_runtime.building import kernel_shapes
 from tests.checkpoints import (
     VARIANTS,
     load_reference,
@@ -66,6 +71,17 @@ def test_prompts_of_different_lengths_in_one_batch(case: tuple[Any, Path], plan:
     got = Harness(load_model(path, plan=plan)).step(prompts)
     for name, ids in prompts.items():
         assert_same_logprobs(got[name], reference_logprobs(reference, ids))
+
+
+def test_a_convolution_too_wide_for_layers_in_one_call(tmp_path: Path) -> None:
+    make_variant(tmp_path, "base", linear_conv_kernel_dim=20)
+    facts = Qwen3NextForCausalLM.describe(json.loads((tmp_path / "config.json").read_text()))
+    shapes = kernel_shapes(facts, facts.num_experts, 128)
+    plan = select(DeviceProfile.query("cpu"), shapes, torch.float32, libraries=available_libraries("cpu"))
+    assert plan.blocks.implementation == "reference"
+    ids = prompt(40)
+    got = Harness(load_model(tmp_path, plan=plan)).step({"a": ids})
+    assert_same_logprobs(got["a"], reference_logprobs(load_reference(tmp_path), ids))
 
 
 def test_chunked_prefill_beside_decodes(case: tuple[Any, Path], plan: KernelPlan) -> None:

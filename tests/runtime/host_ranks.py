@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -126,6 +127,7 @@ def _main(
     except BaseException:
         outcome = {"error": traceback.format_exc()}
     _publish(folder / f"result-{rank}", outcome)
+    signal.pause()  # until `start`'s caller kills it: to ranks that still wait, one that ends has died
 
 
 def _publish(path: Path, value: Any) -> None:

@@ -52,7 +52,7 @@ struct Between {
     int64_t *ids;
 };
 
-/* The routed experts that live here: out [rows, H]. Nonzero: there is no memory. */
+/* The routed experts that live here: out [rows, H]. Nonzero: there is no memory, as ids from a router are in range. */
 inline int64_t run_experts(const Tokens &tokens, const RoutedExperts &experts, const void *x, const int64_t *ids,
                            const void *weights, int64_t top_k, void *out, int64_t rows) {
     return MOE_NAME(moe_fused_experts)(x, tokens.hidden, tokens.is_bf16, ids, weights, experts.gate_up, experts.down,

@@ -1,4 +1,5 @@
-/* Memory that a call needs for its time: one block for each calling thread, kept for the next call. */
+/* Memory that a call needs for its time, kept for the next call: one block for each source file and calling thread. So what
+ * holds parts of it may call what other files export, but nothing of its own file that reserves. */
 #pragma once
 
 #include <cstdlib>
