@@ -43,7 +43,7 @@ from moe_runtime.timing.timer import PartTimer
 from moe_runtime.tokenizer import find_eos_token_ids, find_tokenizer
 from moe_runtime.transport.mailbox import Mailbox
 from moe_runtime.transport.rank_server import RankServer
-from moe_runtime.warmup import warm_up
+from moe_runtime.warmup import check_triton, warm_up
 from moe_runtime.weights.speed import read_speed
 
 _MAX_MASK_THREADS = 8
@@ -102,6 +102,8 @@ class RankWorker:
         shard = ExpertShard(spec.placement.num_experts, experts)
         facts = describe_model(spec.target, spec.model_files)
         self._plan = choose_kernels(self._profile, spec, facts, self._dtype)
+        if self._device.type == "cuda" and self._plan.warm_up_rows():
+            check_triton()
         model = build_model(spec.target, spec.model_files, shard, self._plan, self._dtype, self._device)
         for num_bytes in read_weights(model, spec.model_files):
             yield StartUpStep("load", num_bytes)

@@ -16,6 +16,13 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide this machine's GPUs from all tests but those of GPUs: deployments would choose them by themselves."""
+    selected = config.getoption("markexpr").replace("not gpu", "")
+    if "gpu" not in selected and "MOE_TEST_DEVICE" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of this test session's own, stopped at its end."""

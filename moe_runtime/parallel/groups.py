@@ -80,6 +80,10 @@ class ProcessGroups:
         _use_interface_of(node_ip)
         timeout = timedelta(seconds=timeout_s)
         on_gpu = device.type == "cuda"
+        if on_gpu and device.index is None:
+            device = torch.device(
+                "cuda", torch.cuda.current_device()
+            )  # torch binds NCCL to none without an index
         with collective("joining the process group"):
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from moe_kernels.select import Choice, KernelPlan
@@ -10,9 +11,10 @@ from moe_models.interfaces import ExpertShard
 from moe_models.qwen3_next import Qwen3NextForCausalLM
 from moe_runtime.cache.pool import allocate
 from moe_runtime.cache.sizing import CachePlan
+from moe_runtime.errors import ConfigError
 from moe_runtime.modelfiles import resolve_model
 from moe_runtime.rank_spec import StartUpStep
-from moe_runtime.warmup import warm_up
+from moe_runtime.warmup import check_triton, warm_up
 
 CPU = torch.device("cpu")
 LOCAL = 8
@@ -35,7 +37,9 @@ def run(plan: KernelPlan) -> tuple[list[StartUpStep], list[ForwardBatch], list[i
     batches: list[ForwardBatch] = []
     model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
     model.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0]))
-    sizes = CachePlan(block_size=16, num_blocks=2, num_slots=3, bytes=0)
+    sizes = CachePlan(
+        block_size=16, num_blocks=2, num_slots=2, bytes=0
+    )  # the fewest: of padding and one sequence
     caches = allocate(model.cache_specs(), sizes, CPU)
     steps = list(warm_up(model, caches, plan, block_size=16, num_local_experts=LOCAL, device=CPU))
     assert all(t.isfinite().all() for cache in caches for t in vars_of(cache))
@@ -57,6 +61,14 @@ def test_every_size_at_the_experts_and_every_kind_of_sequence() -> None:
     assert mixed.num_decodes == 1
     assert min(mixed.context_lens) > 0
     assert mixed.state_checkpoints
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has a driver for this machine's GPU")
+def test_where_triton_cannot_start_the_way_out_is_said() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^Triton cannot start here: .*active drivers.* gcc and python3-dev"
+    ):
+        check_triton()
 
 
 def test_nothing_is_run_where_nothing_is_compiled() -> None:

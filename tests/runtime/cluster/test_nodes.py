@@ -15,6 +15,9 @@ from tests.runtime.cluster.scenarios import two_hosts
 
 pytestmark = pytest.mark.ray
 
+# Ray refuses to believe in more GPUs than this variable names.
+RAY_MAY_HAVE_GPUS = {"CUDA_VISIBLE_DEVICES": None}
+
 
 @pytest.mark.slow
 def test_one_rank_a_node_gives_the_tokens_of_one_rank(tmp_path: Path) -> None:
@@ -25,7 +28,7 @@ def test_one_rank_a_node_gives_the_tokens_of_one_rank(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_wait_for_workers_that_join_late(tmp_path: Path) -> None:
-    with running(tmp_path, [SCENARIOS / "late_worker.py"]) as program:
+    with running(tmp_path, [SCENARIOS / "late_worker.py"], RAY_MAY_HAVE_GPUS) as program:
         program.succeed(timeout_s=180)
         program.assert_left_nothing()
 
@@ -61,6 +64,6 @@ def test_ranks_on_two_hosts_meet_over_the_wire_between_them(tmp_path: Path) -> N
     torch.version.cuda is not None, reason="this torch may see a GPU; the scenario needs one without"
 )
 def test_gpu_ranks_get_their_own_gpu_or_a_reason(tmp_path: Path) -> None:
-    with running(tmp_path, [SCENARIOS / "fake_gpus.py"]) as program:
+    with running(tmp_path, [SCENARIOS / "fake_gpus.py"], RAY_MAY_HAVE_GPUS) as program:
         program.succeed(timeout_s=180)
         program.assert_left_nothing()
