@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -78,7 +79,10 @@ def serve_null_rank(parent: Connection, case: OverheadCase) -> None:
     parent.send((server.address, key))
 
     def stop_when_told() -> None:
-        parent.recv()
+        try:
+            parent.recv()
+        except EOFError:  # it has gone, and nobody wants to hear of it
+            os._exit(1)
         mailbox.stop()
 
     threading.Thread(target=stop_when_told, name="stop", daemon=True).start()
