@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_kernels.sequences import can_pin
 from moe_models.interfaces import CausalLM, LayerCache, TokenDispatcher
 from moe_runtime.batching import BatchBuilder
 from moe_runtime.cache.copies import copy_blocks, copy_states
@@ -110,7 +111,8 @@ class Runner:
             end += chunk.num_tokens
             if chunk.needs_logits:
                 rows.append(end - 1)
-        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+        host = torch.tensor(rows, dtype=torch.int64, pin_memory=can_pin(self._device))
+        return host.to(self._device, non_blocking=True)
 
     def _prompt_logprobs(
         self, step: ScheduledStep, hidden_TH: torch.Tensor

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import shutil
+from pathlib import Path
 
 from moe_kernels.native.build import NativeBuildError
 
@@ -18,7 +21,25 @@ def available_libraries(device_kind: str, *, warn: bool = True) -> frozenset[str
     """
     if device_kind == "cpu":
         return _native(warn)
-    return frozenset(name for name in ("fla", "flashinfer") if importlib.util.find_spec(name) is not None)
+    found = {name for name in ("fla", "flashinfer") if importlib.util.find_spec(name) is not None}
+    if "flashinfer" in found and not _flashinfer_has_kernels():
+        found.remove("flashinfer")
+        if warn:
+            logger.warning(
+                "flashinfer is installed, but its kernels are not: it needs a CUDA toolkit (nvcc, on the path or in "
+                "CUDA_HOME) to compile them, or the package flashinfer-jit-cache; Triton's attention is taken"
+            )
+    return frozenset(found)
+
+
+def _flashinfer_has_kernels() -> bool:
+    """Whether it comes with them, or can compile them; it looks for the compiler in these places."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    return (
+        importlib.util.find_spec("flashinfer_jit_cache") is not None
+        or shutil.which("nvcc") is not None
+        or any(Path(home, "bin", "nvcc").exists() for home in homes if home)
+    )
 
 
 def _native(warn: bool) -> frozenset[str]:

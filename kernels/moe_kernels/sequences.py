@@ -154,5 +154,5 @@ def _to_device(tables: list[tuple[list[tuple[int, ...]], int]], device: torch.de
 
 def can_pin(device: torch.device) -> bool:
     """Whether copies to this device need pinned memory for the host not to wait for them."""
-    # A build without CUDA still dry-runs on fake CUDA tensors, and has nothing to pin memory with.
-    return device.type == "cuda" and torch.backends.cuda.is_built()
+    # Where there is no GPU, fake CUDA tensors are still dry-run, and there is nothing to pin memory with.
+    return device.type == "cuda" and torch.cuda.is_available()

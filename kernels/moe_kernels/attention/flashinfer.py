@@ -59,6 +59,8 @@ class _Wrappers:
     decode: Any
     prefill: Any
     planned: tuple[Any, ...] | None = None
+    # After the last plan's copies, which begin in memory that the next plan fills anew; None: nothing is copied.
+    copied: torch.cuda.Event | None = None
 
 
 @functools.cache
@@ -70,6 +72,7 @@ def _wrappers(device: torch.device) -> _Wrappers:
         # Its kernels without tensor cores compute the query heads of a key head one after the other.
         decode=flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True),
         prefill=flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD"),
+        copied=torch.cuda.Event() if can_pin(device) else None,
     )
 
 
@@ -119,8 +122,12 @@ def _paged_attention(
     wrappers = _wrappers(q_TND.device)
     wanted = (step, scale, q_TND.dtype, q_TND.shape[1:], k_cache.shape[1:])
     if wrappers.planned != wanted:
+        if wrappers.copied is not None:
+            wrappers.copied.synchronize()
         _plan(wrappers, q_TND, k_cache, block_tables_BM, num_decodes, query_lens, context_lens, scale)
         wrappers.planned = wanted
+        if wrappers.copied is not None:
+            wrappers.copied.record()
     q, caches = q_TND.contiguous(), (k_cache, v_cache)
     parts = []
     if num_decodes:
