@@ -224,7 +224,7 @@ class _Driver:
         return {
             "tokens": tokens,
             "tokens_per_s": round(tokens / seconds, 1),
-            "step_us_outside": round(1e6 * seconds / steps, 1),
+            "step_us_outside": round(1e6 * seconds / steps, 3),
             "driver_us": {
                 "decoding": round(1e6 * sum(handling) / steps, 1),
                 "ledger": round(1e6 * self._ledger_s / steps, 1),
