@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import torch
 
+from moe_kernels.sequences import can_pin
 from moe_models.batch import ForwardBatch
 from moe_runtime.scheduler import ScheduledEntry, ScheduledStep, Sequence
 
@@ -26,7 +27,7 @@ class _Parts:
         self._spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
         self._device = device
         # Only from pinned memory does a copy to a GPU not wait.
-        self._whole = torch.empty(starts[-1], dtype=dtype, pin_memory=device.type == "cuda")
+        self._whole = torch.empty(starts[-1], dtype=dtype, pin_memory=can_pin(device))
 
     def on_host(self) -> list[np.ndarray]:
         """The parts, to be filled."""

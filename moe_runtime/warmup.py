@@ -12,29 +12,12 @@ import torch
 from moe_kernels.select import KernelPlan
 from moe_models.batch import ForwardBatch
 from moe_models.interfaces import CausalLM, Dispatched, LayerCache
-from moe_runtime.errors import ConfigError
 from moe_runtime.rank_spec import StartUpStep
 
 # Tokens of a prompt: more than one chunk of any kernel, and not a multiple of one.
 _PROMPT_TOKENS = 129
 # Tokens before a decode: enough that kernels attend to them in more than one part.
 _LONG_CONTEXT = 1000
-
-
-def check_triton() -> None:
-    """Raise ConfigError where Triton cannot compile what launches its kernels.
-
-    It does so at first use, with the system's compiler against Python's headers, which nothing else here needs.
-    """
-    import triton
-
-    try:
-        triton.runtime.driver.active.get_current_target()
-    except Exception as error:
-        raise ConfigError(
-            f"Triton cannot start here: {error}; it needs a C compiler and Python's headers: install them (Debian "
-            "and Ubuntu: gcc and python3-dev), or set CC"
-        ) from error
 
 
 def warm_up(

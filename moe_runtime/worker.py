@@ -24,8 +24,8 @@ from moe_runtime.cache.pool import allocate
 from moe_runtime.cache.sizing import checkpoint_interval
 from moe_runtime.cache.slots import SlotAllocator
 from moe_runtime.delivery import Delivery
-from moe_runtime.errors import ConfigError
 from moe_runtime.experts.routing_tap import RoutingTap
+from moe_runtime.gpu_checks import gpu_ids, require_cuda, require_triton
 from moe_runtime.grammar.cache import GrammarCache
 from moe_runtime.grammar.compiler import GrammarCompiler
 from moe_runtime.memory import plan_rank_caches
@@ -43,7 +43,7 @@ from moe_runtime.timing.timer import PartTimer
 from moe_runtime.tokenizer import find_eos_token_ids, find_tokenizer
 from moe_runtime.transport.mailbox import Mailbox
 from moe_runtime.transport.rank_server import RankServer
-from moe_runtime.warmup import check_triton, warm_up
+from moe_runtime.warmup import warm_up
 from moe_runtime.weights.speed import read_speed
 
 _MAX_MASK_THREADS = 8
@@ -57,7 +57,7 @@ class RankWorker:
         self._config = spec.config
         self._node_ip = ray.util.get_node_ip_address()
         if spec.config.device == "cuda":
-            _require_cuda(f"rank {spec.rank} on node {self._node_ip}")
+            require_cuda(f"rank {spec.rank} on node {self._node_ip}")
         self._profile = DeviceProfile.query(spec.config.device)
         self._device = torch.device(spec.config.device)
         self._threads = spec.config.threads_per_rank or max(1, _node_cores() // spec.ranks_on_node)
@@ -103,7 +103,7 @@ class RankWorker:
         facts = describe_model(spec.target, spec.model_files)
         self._plan = choose_kernels(self._profile, spec, facts, self._dtype)
         if self._device.type == "cuda" and self._plan.warm_up_rows():
-            check_triton()
+            require_triton()
         model = build_model(spec.target, spec.model_files, shard, self._plan, self._dtype, self._device)
         for num_bytes in read_weights(model, spec.model_files):
             yield StartUpStep("load", num_bytes)
@@ -161,7 +161,7 @@ class RankWorker:
             rank=self._spec.rank,
             node_ip=self._node_ip,
             pid=os.getpid(),
-            gpu_ids=_gpu_ids() if self._device.type == "cuda" else (),
+            gpu_ids=gpu_ids() if self._device.type == "cuda" else (),
             device=self._profile.name,
             kernel_plan=tuple(self._plan.describe().splitlines()),
             dispatcher=self._dispatcher_reason,
@@ -291,22 +291,6 @@ class RankWorker:
             BlockAllocator(plan.num_blocks, plan.block_size),
             SlotAllocator(plan.num_slots),
         )
-
-
-def _require_cuda(who: str) -> None:
-    """Raise ConfigError if this process, to which Ray gave a GPU, cannot use it."""
-    if torch.cuda.is_available():
-        return
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    raise ConfigError(
-        f"{who} was given GPU {', '.join(_gpu_ids())} by Ray, but its torch {torch.__version__} (built with "
-        f"{build}) sees no CUDA device; install a CUDA build of torch and its driver there, or use device='cpu'"
-    )
-
-
-def _gpu_ids() -> tuple[str, ...]:
-    """Ids of the GPUs that Ray gave to this actor."""
-    return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
 
 def _node_cores() -> int:

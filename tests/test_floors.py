@@ -46,6 +46,7 @@ LAYERS = [
     # a rank: what runs in the next step, running it, and the actor around that
     "moe_runtime.scheduler",
     "moe_runtime.batching moe_runtime.runner",
+    "moe_runtime.gpu_checks",
     "moe_runtime.building moe_runtime.delivery moe_runtime.memory moe_runtime.profiling moe_runtime.rank_spec",
     "moe_runtime.warmup",
     "moe_runtime.step_loop moe_runtime.probe",

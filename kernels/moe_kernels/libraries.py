@@ -12,6 +12,8 @@ from moe_kernels.native.build import NativeBuildError
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_CUDA_HOME = "/usr/local/cuda"  # where FlashInfer looks last
+
 
 def available_libraries(device_kind: str, *, warn: bool = True) -> frozenset[str]:
     """Of "native" (on CPUs), "fla" and "flashinfer" (on GPUs), those that are there.
@@ -34,7 +36,7 @@ def available_libraries(device_kind: str, *, warn: bool = True) -> frozenset[str
 
 def _flashinfer_has_kernels() -> bool:
     """Whether it comes with them, or can compile them; it looks for the compiler in these places."""
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _DEFAULT_CUDA_HOME)
     return (
         importlib.util.find_spec("flashinfer_jit_cache") is not None
         or shutil.which("nvcc") is not None

@@ -79,9 +79,10 @@ def _output_rate(shape: Shape, turn: Turn) -> float | None:
 
 
 def _decode_rate(shape: Shape, turn: Turn) -> float | None:
-    if turn.first_token_seconds is None or not turn.decode_tokens or turn.seconds <= turn.first_token_seconds:
+    seconds = turn.decode_seconds
+    if seconds is None or seconds <= 0 or not turn.decode_tokens:
         return None
-    return turn.decode_tokens / (turn.seconds - turn.first_token_seconds)
+    return turn.decode_tokens / seconds
 
 
 def _prefill_rate(shape: Shape, turn: Turn) -> float | None:
@@ -99,9 +100,7 @@ def rates_of(shape: Shape, turns: Turns) -> list[Rates]:
     """Every metric of a shape that all its systems have in all their turns."""
     found = []
     for name, own in turns.items():
-        decodes = [
-            turn.seconds - turn.first_token_seconds for turn in own if turn.first_token_seconds is not None
-        ]
+        decodes = [turn.decode_seconds for turn in own if turn.decode_seconds is not None]
         if shape.kind == "decode" and decodes and shape.output_len > 1:
             warn_if_short(f"{name}, {shape}: decode", min(decodes))
     details = {name: own[-1].details for name, own in turns.items() if own[-1].details}

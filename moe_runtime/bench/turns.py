@@ -41,6 +41,11 @@ class Turn:
     decode_tokens: int = 0  # of all requests together, generated after that moment
     details: dict[str, Any] = field(default_factory=dict)  # settings of this shape and the like
 
+    @property
+    def decode_seconds(self) -> float | None:
+        """From every request's first token to the last token; None: not known."""
+        return None if self.first_token_seconds is None else self.seconds - self.first_token_seconds
+
 
 class System(Protocol):
     """An engine that is measured. Between its turns it must leave the cores to others."""

@@ -81,9 +81,8 @@ class ProcessGroups:
         timeout = timedelta(seconds=timeout_s)
         on_gpu = device.type == "cuda"
         if on_gpu and device.index is None:
-            device = torch.device(
-                "cuda", torch.cuda.current_device()
-            )  # torch binds NCCL to none without an index
+            # torch binds NCCL to no device without an index.
+            device = torch.device("cuda", torch.cuda.current_device())
         with collective("joining the process group"):
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",

@@ -12,9 +12,10 @@ from moe_models.qwen3_next import Qwen3NextForCausalLM
 from moe_runtime.cache.pool import allocate
 from moe_runtime.cache.sizing import CachePlan
 from moe_runtime.errors import ConfigError
+from moe_runtime.gpu_checks import require_triton
 from moe_runtime.modelfiles import resolve_model
 from moe_runtime.rank_spec import StartUpStep
-from moe_runtime.warmup import check_triton, warm_up
+from moe_runtime.warmup import warm_up
 
 CPU = torch.device("cpu")
 LOCAL = 8
@@ -37,9 +38,8 @@ def run(plan: KernelPlan) -> tuple[list[StartUpStep], list[ForwardBatch], list[i
     batches: list[ForwardBatch] = []
     model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
     model.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0]))
-    sizes = CachePlan(
-        block_size=16, num_blocks=2, num_slots=2, bytes=0
-    )  # the fewest: of padding and one sequence
+    # The fewest slots: of padding and one sequence.
+    sizes = CachePlan(block_size=16, num_blocks=2, num_slots=2, bytes=0)
     caches = allocate(model.cache_specs(), sizes, CPU)
     steps = list(warm_up(model, caches, plan, block_size=16, num_local_experts=LOCAL, device=CPU))
     assert all(t.isfinite().all() for cache in caches for t in vars_of(cache))
@@ -68,7 +68,7 @@ def test_where_triton_cannot_start_the_way_out_is_said() -> None:
     with pytest.raises(
         ConfigError, match=r"^Triton cannot start here: .*active drivers.* gcc and python3-dev"
     ):
-        check_triton()
+        require_triton()
 
 
 def test_nothing_is_run_where_nothing_is_compiled() -> None:

@@ -10,7 +10,7 @@ from moe_kernels.attention import reference
 from moe_kernels.native.library import native_function
 from moe_kernels.sequences import PackedSequences
 
-_MAX_HEAD, _MAX_GROUP = 256, 32  # MAX_HEAD and ROWS of attention_rows.h
+MAX_HEAD, MAX_GROUP = 256, 32  # MAX_HEAD and ROWS of attention_rows.h
 
 _Pointers = ctypes.c_void_p * 7
 _Strides = ctypes.c_int64 * 5
@@ -38,8 +38,8 @@ def paged_attention(
     if (
         dtype not in (torch.float32, torch.bfloat16)
         or any(x.dtype != dtype for x in given)
-        or head_size > _MAX_HEAD
-        or num_heads // num_kv_heads > _MAX_GROUP
+        or head_size > MAX_HEAD
+        or num_heads // num_kv_heads > MAX_GROUP
     ):
         return reference.paged_attention(
             q_TND,

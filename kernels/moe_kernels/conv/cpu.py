@@ -8,7 +8,7 @@ from moe_kernels.conv import reference
 from moe_kernels.native.library import native_function
 from moe_kernels.sequences import PackedSequences
 
-_MAX_WIDTH = 16  # MAX_WIDTH of conv.cpp
+MAX_WIDTH = 16  # MAX_WIDTH of conv.cpp
 
 
 def causal_conv1d(
@@ -25,7 +25,7 @@ def causal_conv1d(
     if (
         x_TC.dtype not in (torch.float32, torch.bfloat16)
         or not x_TC.dtype == weight_CW.dtype == conv_state.dtype
-        or width > _MAX_WIDTH
+        or width > MAX_WIDTH
     ):
         return reference.causal_conv1d(x_TC, weight_CW, conv_state, state_slots_B, sequences)
     assert conv_state.is_contiguous(), "a layer's states lie in one piece"

@@ -9,7 +9,7 @@ from moe_kernels.native.library import native_function
 from moe_kernels.sequences import PackedSequences
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_MAX_KEY_SIZE = 256  # MAX_KEY of delta.cpp
+MAX_KEY_SIZE = 256  # MAX_KEY of delta.cpp
 
 
 def gated_delta_rule(
@@ -27,7 +27,7 @@ def gated_delta_rule(
     """See `moe_kernels.gated_delta.gated_delta_rule`; other dtypes than float32 and bfloat16 are the reference's."""
     num_heads, key_size, value_size = state.shape[1:]
     dtype = v_TNV.dtype
-    if dtype not in _DTYPES or state.dtype != torch.float32 or key_size > _MAX_KEY_SIZE:
+    if dtype not in _DTYPES or state.dtype != torch.float32 or key_size > MAX_KEY_SIZE:
         return reference.gated_delta_rule(
             q_TND, k_TND, v_TNV, decay_TN, beta_TN, state, state_slots_B, sequences
         )

@@ -7,7 +7,7 @@ import torch
 from moe_kernels.native.library import native_function
 from moe_kernels.routing import reference
 
-_MAX_EXPERTS = 4096  # routing.cpp keeps a token's probabilities on its stack
+MAX_EXPERTS = 4096  # routing.cpp keeps a token's probabilities on its stack
 
 
 def route(
@@ -17,7 +17,7 @@ def route(
     num_tokens, num_experts = logits_TE.shape
     if (
         logits_TE.dtype not in (torch.float32, torch.bfloat16)
-        or num_experts > _MAX_EXPERTS
+        or num_experts > MAX_EXPERTS
         or logits_TE.stride(1) != 1
     ):
         return reference.route(logits_TE, top_k, renormalize)
